@@ -1,0 +1,1 @@
+"""One experiment a file: `def experiment() -> Experiment`, chosen by --experiment=NAME."""

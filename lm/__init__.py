@@ -1,0 +1,1 @@
+"""lm: a model-parallel language-model trainer in JAX."""

@@ -1,0 +1,1 @@
+"""Text to batches: sources, cleaning, tokenizers, token stores, packing, loading."""

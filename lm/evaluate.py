@@ -1,0 +1,76 @@
+"""Scores of a model on held-out text, over the mesh, every token counted once."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from lm import metrics
+from lm.data import loader
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import EvalSet, Experiment
+from lm.train import Params, Program
+
+
+def stores(
+    experiment: Experiment, coder: Tokenizer
+) -> dict[str, Sequence[loader.Store]]:
+    """Returns the tokenized text of each evaluation set, by its name."""
+    return {
+        s.name: loader.stores(_data(experiment, s), coder) for s in experiment.eval.sets
+    }
+
+
+def _data(experiment: Experiment, chosen: EvalSet) -> loader.Data:
+    source = chosen.source or experiment.data.source
+    return dataclasses.replace(
+        experiment.data, source=source, split=chosen.split, weights=()
+    )
+
+
+def score(
+    prog: Program,
+    step: Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]],
+    params: Params,
+    parts: Sequence[loader.Store],
+    chosen: EvalSet,
+) -> dict[str, float]:
+    """Returns `loss` (nats a token), `perplexity`, `bits_per_byte` and `tokens` of one set.
+
+    Args:
+        prog: the program.
+        step: its `train.make_eval_step`.
+        params: the weights.
+        parts: the set's stores.
+        chosen: the set.
+    """
+    data, sharding = prog.experiment.data, prog.batch_sharding()
+    sums: list[dict[str, jax.Array]] = []
+    for part in parts:
+        dataset = loader.evaluation(part, data.length, chosen.stride)
+        batches = loader.batches(
+            dataset,
+            sizes=prog.experiment.eval_size(),
+            rows=lambda size: loader.local_rows(sharding, size),
+            threads=data.threads,
+            prefetch=data.prefetch,
+        )
+        for count, batch in enumerate(batches):
+            if chosen.batches is not None and count >= chosen.batches:
+                break
+            sums.append(step(params, loader.to_devices(batch, sharding)))
+    fetched = jax.device_get(sums)  # the device ran ahead; this waits once
+    nll, tokens, text = (
+        float(np.sum([np.float64(s[k]) for s in fetched]))
+        for k in ("nll", "tokens", "bytes")
+    )
+    loss = nll / max(tokens, 1)
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "tokens": int(tokens),
+    }
+    bits = metrics.bits_per_byte(loss, tokens, text)
+    return result if bits is None else {**result, "bits_per_byte": bits}

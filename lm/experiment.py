@@ -1,0 +1,228 @@
+"""An experiment: everything a run is made of, checked together before anything is allocated."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+from lm import schedules, sharding
+from lm.config import ConfigError, nearest
+from lm.data.loader import Data
+from lm.data.tokenizer import Bytes
+from lm.models.transformer import Transformer
+from lm.nn.layers import Learned
+from lm.objectives import Causal
+from lm.optim import Optim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, on how much at a time, and when to say so."""
+
+    steps: int = 1000  # optimizer steps of the whole run
+    batch_size: int = 32  # sequences a step, over all devices and microbatches
+    batch_ramp: tuple[tuple[int, int], ...] = ()  # (until step, batch size), rising
+    accumulate: int = 1  # microbatches a step, one after the other
+    seed: int = 0  # of initialisation, data order and dropout
+    log_every: int = 10  # steps between lines of metrics
+    init_from: str = ""  # a checkpoint directory or step to take the weights from
+    require_accelerator: bool = False  # fail where jax finds only a CPU
+    deterministic: bool = (
+        False  # ask XLA for bitwise repeatable GPU kernels, at some cost
+    )
+    compilation_cache: str = (
+        ""  # where compiled programs are kept; "" for ~/.cache/lm/jax
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"train.{name}={getattr(self, name)}: expected 1 or more"
+                )
+        ends = [end for end, _ in self.batch_ramp]
+        if ends != sorted(set(ends)) or any(size < 1 for _, size in self.batch_ramp):
+            raise ConfigError(
+                f"train.batch_ramp={self.batch_ramp}: expected (until step, batch size) pairs "
+                "with rising steps and sizes of 1 or more"
+            )
+
+    def batch_at(self, step: int) -> int:
+        """Returns the sequences of the global batch at a step, counted from 0."""
+        return next(
+            (size for end, size in self.batch_ramp if step < end), self.batch_size
+        )
+
+    def batch_sizes(self) -> list[int]:
+        """Returns every batch size of the run."""
+        return sorted({size for _, size in self.batch_ramp} | {self.batch_size})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """Text to evaluate on."""
+
+    name: str = "valid"
+    source: tuple[str, ...] = ()  # like data.source; () for the same
+    split: str = "validation"
+    batches: int | None = None  # at most so many; None: all of it
+    stride: int | None = None  # targets scored a window, the rest is context; None: all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """What is evaluated and how often."""
+
+    every: int = 200  # steps; 0: only at the end
+    batch_size: int | None = None  # sequences; None: train.batch_size
+    sets: tuple[EvalSet, ...] = (EvalSet(),)
+    use_ema: bool = True  # evaluate the averaged weights where optim.ema keeps them
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sets]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"eval.sets: two sets have the same name ({', '.join(names)})"
+            )
+        if self.every < 0:
+            raise ConfigError(f"eval.every={self.every}: expected 0 or more steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When the state is saved and which saves are kept."""
+
+    every: int = 500  # steps; 0: only at the end and when interrupted
+    keep: int = 3  # of the newest
+    keep_period: int | None = None  # steps; those at its multiples stay for ever
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ConfigError("checkpoint: every must be 0 or more and keep 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """How text is sampled."""
+
+    tokens: int = 200  # at most so many new ones
+    temperature: float = 0.8  # 0: the most likely token (greedy)
+    top_k: int | None = None  # sample among so many of the likeliest
+    top_p: float | None = (
+        0.95  # sample among the likeliest that hold this much probability
+    )
+    seed: int = 0
+    samples: int = 1  # texts for each prompt
+    prompts: tuple[str, ...] = ()  # continued at the end of training
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.samples < 1 or self.temperature < 0:
+            raise ConfigError(
+                "generate: tokens and samples must be 1 or more and temperature 0 or more"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"generate.top_k={self.top_k}: expected 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"generate.top_p={self.top_p}: expected 0 < top_p <= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A whole run: model, text, objective, optimizer, mesh, and when to do what."""
+
+    name: str
+    about: str = ""  # one line on what it is for
+    model: Transformer.Config = Transformer.Config()
+    data: Data = Data(source=("tfds:lm_text/shakespeare",))
+    objective: Causal = Causal()
+    optim: Optim = Optim()
+    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    generate: Generate = Generate()
+    devices: int | None = None  # that the mesh is meant for; None: whatever there is
+
+    def __post_init__(self) -> None:
+        positions = self.model.positions
+        if isinstance(positions, Learned) and positions.length < self.data.length:
+            raise ConfigError(
+                f"model.positions.length={positions.length} is less than "
+                f"data.length={self.data.length}: raise it, or use --set model.positions=Rope"
+            )
+        if isinstance(self.data.tokenizer, Bytes) and self.model.vocab_size != 257:
+            raise ConfigError(
+                f"model.vocab_size={self.model.vocab_size}: the byte tokenizer has 257 tokens; "
+                "set model.vocab_size=257"
+            )
+        schedules.rate(self.optim.schedule, self.optim.learning_rate, self.train.steps)
+        for size in self.train.batch_sizes():
+            if size % self.train.accumulate:
+                raise ConfigError(
+                    f"train.batch_size={size} is not divisible by "
+                    f"train.accumulate={self.train.accumulate}"
+                )
+
+    def eval_size(self) -> int:
+        """Returns the sequences of an evaluation batch."""
+        return self.eval.batch_size or self.train.batch_size
+
+    def fit(self, layout: sharding.Layout) -> None:
+        """Checks that batch, length and vocabulary split over the mesh of `layout`.
+
+        Raises:
+            ConfigError: one that does not, with the sizes and the fix.
+        """
+        rows = layout.size("batch")
+        axes = " x ".join(f"{a} {layout.mesh.shape[a]}" for a in layout.axes("batch"))
+        for size in self.train.batch_sizes():
+            least = rows * self.train.accumulate
+            if size % least:
+                raise ConfigError(
+                    f"train.batch_size={size} is not divisible by {least} ({axes or 'one device'}, "
+                    f"train.accumulate={self.train.accumulate}); use a multiple of {least}"
+                )
+        if self.eval_size() % rows:
+            raise ConfigError(
+                f"eval.batch_size={self.eval_size()} is not divisible by {rows} ({axes}); use a "
+                f"multiple of {rows}"
+            )
+        parts = layout.size("residual")
+        if self.data.length % parts:
+            raise ConfigError(
+                f"data.length={self.data.length} is not divisible by {parts} "
+                "(mesh.sequence_parallel splits it over tensor)"
+            )
+        if self.model.remat == "offload" and layout.platform == "cpu":
+            raise ConfigError(
+                "model.remat=offload needs an accelerator whose activations go to host memory; "
+                "on a CPU use model.remat=full"
+            )
+        rows = layout.size("vocab")
+        if self.model.vocab_rows % rows:
+            raise ConfigError(
+                f"model.vocab_multiple={self.model.vocab_multiple} pads the vocabulary to "
+                f"{self.model.vocab_rows} rows, which {rows} tensor devices do not divide; set "
+                f"model.vocab_multiple to a multiple of {rows}"
+            )
+
+
+def names() -> list[str]:
+    """Returns the names of the experiments in the package `experiments`."""
+    package = importlib.import_module("experiments")
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"
+    )
+
+
+def load(name: str) -> Experiment:
+    """Returns what `experiments/NAME.py`'s `experiment()` returns.
+
+    Raises:
+        ConfigError: there is no such file; the nearest name is suggested.
+    """
+    if name not in names():
+        known = ", ".join(names())
+        raise ConfigError(
+            f"no experiment {name!r}{nearest(name, names())} (there are: {known})"
+        )
+    return importlib.import_module(f"experiments.{name}").experiment()

@@ -1,0 +1,314 @@
+"""Sampling text: prompts are read at once, then each new token costs one step.
+
+Keys and values of earlier tokens stay in a cache. Prompts of different lengths stand
+flush right in the slots before the first new token, so that a step writes one slot of
+all rows; the slots in front belong to segment 0, which no token of a prompt sees. A
+sample depends on its prompt, the seed and its number, not on other rows or the mesh.
+
+Shapes: B rows, T slots of prompts, M new tokens, S >= T + M slots of the cache, V true
+vocabulary; small letters for one device's share.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+from jaxtyping import Array, Bool, Float, Int
+
+from lm import sharding, trees
+from lm.config import ConfigError
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import Generate
+from lm.models.transformer import Transformer
+from lm.nn.blockwise import Tokens
+from lm.train import Params, Program
+
+SHORTEST = 16  # slots of prompts at least; longer ones take the next power of 2
+BLOCK = 128  # the cache has a multiple of these slots: attention takes them in blocks
+
+
+class Rows(NamedTuple):
+    """Prompts to continue, on the host (numpy) or on the devices."""
+
+    tokens: Any  # int32[B, T]: flush right, each from its end-of-text mark on
+    lengths: Any  # int32[B]: tokens of each prompt, the mark included
+    limits: Any  # int32[B]: new tokens at most; 0 for a row that only fills the batch
+    streams: Any  # uint32[B, 2]: hash of the prompt, number of the sample
+
+
+Sample: TypeAlias = Callable[
+    [Params, Rows, Array], tuple[Int[Array, "B M"], Bool[Array, ""]]
+]
+
+
+def texts(
+    prog: Program,
+    params: Params,
+    coder: Tokenizer,
+    prompts: Sequence[str],
+    config: Generate,
+    report: Callable[[str], None],
+) -> list[list[str]]:
+    """Returns `config.samples` continuations of each prompt, without the prompt.
+
+    A text ends before its end-of-text mark, after `config.tokens` tokens, or where the
+    context is full: `data.length` tokens, the mark before the prompt included. An empty
+    prompt gives documents from their beginning. Equal prompts give equal texts.
+
+    Args:
+        prog: what the weights belong to.
+        params: the weights, on its mesh.
+        coder: the tokenizer that they were trained with.
+        prompts: any number; at most `eval.batch_size` rows are sampled at a time.
+        config: how to sample.
+        report: takes a line for the user where the context cuts texts short.
+
+    Raises:
+        ConfigError: a prompt that is longer than the context or no text, or weights
+            whose logits are not finite.
+    """
+    context = prog.experiment.data.length
+    ids = [_encode(coder, i, prompt, context) for i, prompt in enumerate(prompts)]
+    longest = max(map(len, ids), default=0)
+    room = context + 1 - longest  # the last token is not read again
+    if config.tokens > room:
+        report(
+            f"generate.tokens={config.tokens}, but the context (data.length={context}) "
+            f"has room for {room} after a prompt of {longest} tokens: texts end there"
+        )
+    sample = make_sample(prog, config, coder.eot)
+    key = jax.random.key(config.seed)
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    jobs = [(i, number) for i in by_length for number in range(config.samples)]
+    found: dict[tuple[int, int], str] = {}
+    size = prog.experiment.eval_size()
+    for start in range(0, len(jobs), size):
+        batch = jobs[start : start + size]
+        numbered = [(ids[i], number) for i, number in batch]
+        devices = prog.layout.size("batch")
+        rows = make_rows(numbered, config.tokens, context, devices)
+        new_BM, finite = jax.device_get(sample(params, rows, key))
+        if not finite:
+            raise ConfigError(
+                "the model's logits are not finite: its weights have diverged; use an "
+                "earlier checkpoint"
+            )
+        for (i, number), new_M in zip(batch, new_BM, strict=False):
+            found[i, number] = _decode(coder, ids[i], new_M)
+    return [[found[i, n] for n in range(config.samples)] for i in range(len(ids))]
+
+
+def make_rows(
+    prompts: Sequence[tuple[np.ndarray, int]], tokens: int, context: int, multiple: int
+) -> Rows:
+    """Returns rows of (prompt's ids, number of the sample), filled to a multiple.
+
+    T is a power of 2, so that few programs are compiled.
+    """
+    longest = max(len(ids) for ids, _ in prompts)
+    T = max(SHORTEST, 1 << (longest - 1).bit_length())
+    B = -(-len(prompts) // multiple) * multiple
+    tokens_BT = np.zeros((B, T), np.int32)
+    lengths_B, limits_B = np.ones(B, np.int32), np.zeros(B, np.int32)
+    streams_B2 = np.zeros((B, 2), np.uint32)
+    for b, (ids, number) in enumerate(prompts):
+        tokens_BT[b, T - len(ids) :] = ids
+        lengths_B[b] = len(ids)
+        limits_B[b] = min(tokens, context + 1 - len(ids))
+        streams_B2[b] = zlib.crc32(np.asarray(ids, "<i4").tobytes()), number
+    return Rows(tokens_BT, lengths_B, limits_B, streams_B2)
+
+
+def make_sample(prog: Program, config: Generate, eot: int) -> Sample:
+    """Returns the compiled function (params, rows, key) -> (new tokens [B, M], finite).
+
+    M is `config.tokens`; it stops when every row has ended, and a row that has goes on
+    with `eot`. `finite` is False where a logit was not. It is compiled for each shape
+    of the rows.
+    """
+    # A step has one token, which can't be split over tensor: the residual stays whole.
+    mesh = dataclasses.replace(prog.experiment.mesh, sequence_parallel=False)
+    layout = dataclasses.replace(prog.layout, rules=sharding.make_rules(mesh))
+    jitted = jax.jit(functools.partial(_sample, prog, config, eot))
+
+    def sample(params: Params, rows: Rows, key: Array) -> tuple[Array, Array]:
+        with sharding.use(layout):
+            return jitted(params, rows, key)
+
+    return sample
+
+
+def _sample(
+    prog: Program, config: Generate, eot: int, params: Params, rows: Rows, key: Array
+) -> tuple[Array, Array]:
+    model = prog.model(cast_once(prog, params))
+    split = sharding.spec("batch", None)
+    rows = Rows(*(reshard(a, P(*split[: a.ndim])) for a in rows))
+    B, T = rows.tokens.shape
+    M, S = config.tokens, slots(T, config.tokens)
+    cached = cache_tokens(rows.lengths, T, S, prog.experiment.data.length)
+    keys_B = jax.vmap(functools.partial(_row_key, key))(rows.streams)
+
+    def more(carry: Any) -> Array:
+        m, _, done_B, _, finite, _ = carry
+        return (m < M) & ~done_B.all() & finite
+
+    def step(carry: Any) -> Any:
+        m, logits_BV, done_B, new_BM, finite, cache = carry
+        finite &= jnp.isfinite(logits_BV).all()
+        draws_B = jax.vmap(jax.random.fold_in)(keys_B, rows.lengths + m)
+        ids_B = jnp.where(done_B, eot, choose(config, logits_BV, draws_B))
+        new_BM = lax.dynamic_update_slice(new_BM, ids_B[:, None], (0, m))
+        done_B |= (ids_B == eot) | (m + 1 >= rows.limits)
+        logits_BV, cache = advance(model, ids_B[:, None], T + m, cached, cache)
+        return m + 1, logits_BV, done_B, new_BM, finite, cache
+
+    zero = jnp.int32(0)
+    logits_BV, cache = advance(
+        model, rows.tokens, zero, cached, model.empty_cache(B, S)
+    )
+    new_BM = jnp.full((B, M), eot, jnp.int32, out_sharding=split)
+    carry = (zero, logits_BV, rows.limits <= 0, new_BM, jnp.bool(True), cache)
+    _, _, _, new_BM, finite, _ = lax.while_loop(more, step, carry)
+    # All-gather over the batch's axes: every host reads every row.
+    return reshard(new_BM, sharding.spec(None, None)), finite
+
+
+def slots(T: int, M: int) -> int:
+    """Returns S: T + M, filled up so that prefill can go through it in blocks."""
+    block = min(T, BLOCK)
+    return -(-(T + M) // block) * block
+
+
+def cache_tokens(lengths_B: Int[Array, " B"], T: int, S: int, context: int) -> Tokens:
+    """Returns positions and segments of all slots: 0 before a prompt, else 1.
+
+    Slots that are not written yet need no mark: their positions are later than any
+    query's.
+    """
+    place_BS = jnp.arange(S)[None] - (T - lengths_B)[:, None]
+    # A row that has ended runs on beside the others: it must not ask for positions that
+    # a learned table does not have.
+    positions_BS = jnp.clip(place_BS, 0, context - 1)
+    return Tokens(positions_BS, (place_BS >= 0).astype(jnp.int32))
+
+
+def advance(
+    model: Transformer,
+    ids_BT: Int[Array, "B T"],
+    slot: Int[Array, ""],
+    cached: Tokens,
+    cache: Any,
+) -> tuple[Float[Array, "B V"], Any]:
+    """Returns fp32 logits after the last of the tokens, and the cache with them.
+
+    The vocabulary's padding is cut off, so that it can never be sampled.
+
+    Args:
+        model: the model.
+        ids_BT: tokens for the slots `slot`, `slot + 1`, ….
+        slot: where they go.
+        cached: positions and segments of all slots.
+        cache: from `model.empty_cache`, or the last call.
+    """
+    T = ids_BT.shape[1]
+    here = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, slot, T, axis=1), cached)
+    x_BTD, _, cache = model(ids_BT, here, cache=cache, slot=slot, cached=cached)
+    logits_B1V = model.logits(x_BTD[:, -1:])
+    # All-gather over tensor: choosing needs a whole row, and one position's is small.
+    logits_BV = reshard(logits_B1V[:, 0], sharding.spec("batch", None))
+    return logits_BV[:, : model.config.vocab_size], cache
+
+
+def choose(
+    config: Generate, logits_BV: Float[Array, "B V"], keys_B: Array
+) -> Int[Array, " B"]:
+    """Returns an id for each row, drawn with the row's own key.
+
+    Temperature first, then top-k (of equal logits the lower id counts as likelier),
+    then top-p of what is left: the fewest likeliest ids that hold so much of its
+    probability (Holtzman et al. 2020). At temperature 0, the likeliest; nothing drawn.
+    """
+    if config.temperature == 0:
+        return logits_BV.argmax(-1).astype(jnp.int32)
+    # Each device draws for its own rows; there is nothing to communicate.
+    specs = sharding.spec("batch", None), sharding.spec("batch")
+    draw = sharding.region(functools.partial(_draw, config), specs, specs[1])
+    return draw(logits_BV, keys_B)
+
+
+def _draw(config: Generate, logits_bV: Array, keys_b: Array) -> Array:
+    V = logits_bV.shape[1]
+    # The Gumbel-max trick. The noise goes by id, not by rank: where two logits change
+    # order by rounding, the sample stays the same.
+    noise_bV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_b)
+    top_b1 = logits_bV.max(-1, keepdims=True)
+    x_bV = (logits_bV - top_b1) / max(config.temperature, 1e-30)  # a divisor fp32 holds
+    top_p = 1.0 if config.top_p is None else config.top_p
+    if config.top_k is None and top_p == 1:
+        return (x_bV + noise_bV).argmax(-1).astype(jnp.int32)
+    x_bk, ids_bk = lax.top_k(x_bV, min(config.top_k or V, V))
+    if top_p < 1:
+        p_bk = jax.nn.softmax(x_bk)
+        likelier_bk = jnp.cumsum(p_bk, -1) - p_bk  # probability of those before
+        x_bk = jnp.where(likelier_bk < top_p, x_bk, -jnp.inf)
+    x_bk = x_bk + jnp.take_along_axis(noise_bV, ids_bk, 1)
+    best_b1 = x_bk.argmax(-1, keepdims=True)
+    return jnp.take_along_axis(ids_bk, best_b1, 1)[:, 0].astype(jnp.int32)
+
+
+def _row_key(key: Array, stream_2: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(key, stream_2[0]), stream_2[1])
+
+
+def cast_once(prog: Program, params: Params) -> Params:
+    """Casts to the dtype of compute what every use casts: no step reads fp32 weights.
+
+    Scales of norms are used in fp32 and stay. Weights split over fsdp stay split: each
+    step gathers a layer at a time, and no device holds the whole model.
+    """
+    dtype = prog.model(params).dtype
+    flat = trees.flatten(params)
+    for path, axes in prog.axes.items():
+        if "norm" not in axes:
+            flat[path] = flat[path].astype(dtype)
+    return trees.nest(flat)
+
+
+def _encode(coder: Tokenizer, i: int, prompt: str, context: int) -> np.ndarray:
+    """Returns the end-of-text mark and the prompt's ids."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"prompt {i + 1} is not UTF-8 text: {error.reason} at character "
+            f"{error.start} of {prompt[:40]!r}"
+        ) from error
+    ids = np.concatenate([np.array([coder.eot], np.int32), coder.encode(prompt)])
+    if len(ids) > context:
+        raise ConfigError(
+            f"prompt {i + 1} ({prompt[:20]!r}…) has {len(ids)} tokens with its "
+            f"end-of-text mark, the context data.length={context}; shorten it by "
+            f"{len(ids) - context} or more tokens"
+        )
+    return ids
+
+
+def _decode(coder: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
+    """Returns the text of the new ids before eot.
+
+    It is what they add to the prompt's text: on their own, a first space could be taken
+    for the one that some tokenizers put in front.
+    """
+    ends = np.flatnonzero(new == coder.eot)
+    new = new[: ends[0]] if len(ends) else new
+    before = coder.decode(prompt)
+    return coder.decode(np.concatenate([prompt, new]))[len(before) :]

@@ -1,0 +1,219 @@
+"""The entry point: python -m lm.main --experiment=NAME [--mode=train|eval|generate|prepare]."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from lm.terminal import Stopwatch
+
+WATCH = Stopwatch()  # before the slow imports, which it times
+
+import flax  # noqa: E402
+import jax  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+from etils import epath  # noqa: E402
+
+from lm import checkpoint, config, evaluate, generate, loop, sharding, train  # noqa: E402
+from lm import experiment as experiments  # noqa: E402
+from lm.config import ConfigError  # noqa: E402
+from lm.data import loader, tokenizer  # noqa: E402
+from lm.experiment import Experiment  # noqa: E402
+
+WATCH.mark("imports")
+
+FAILED, WRONG_USE = 1, 2  # exit codes, besides loop.DONE and loop.PREEMPTED
+MODES = ("train", "eval", "generate", "prepare")
+
+_EXPERIMENT = flags.DEFINE_string("experiment", "", "Name of a file in experiments/.")
+_MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Where the run lives; default: runs/EXPERIMENT."
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "path=value: changes a field of the experiment."
+)
+_PRINT = flags.DEFINE_bool(
+    "print_config", False, "Print the resolved experiment and exit."
+)
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "Text to continue, for --mode=generate."
+)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
+_CPUS = flags.DEFINE_integer("cpu_devices", None, "Emulate so many devices on the CPU.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0 of several; auto: ask the cluster."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes run together.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one mode and exits with its code."""
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"unexpected argument {argv[1]!r}; options begin with --")
+        sys.exit(_run())
+    except ConfigError as error:
+        print(f"lm: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE)
+    except (loop.RunError, checkpoint.CheckpointError) as error:
+        print(f"lm: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"lm: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _run() -> int:
+    if _MODE.value not in MODES:
+        hint = config.nearest(_MODE.value, MODES)
+        raise ConfigError(
+            f"--mode={_MODE.value}: expected one of {', '.join(MODES)}{hint}"
+        )
+    experiment, base = _resolve()
+    if _PRINT.value:
+        _print_config(experiment, base)
+        return loop.DONE
+    workdir = _WORKDIR.value or f"runs/{experiment.name}"
+    _configure(experiment)
+    modes = {"train": _train, "eval": _eval, "generate": _generate, "prepare": _prepare}
+    return modes[_MODE.value](experiment, workdir)
+
+
+def _resolve() -> tuple[Experiment, Experiment]:
+    """Returns the experiment with the overrides, and as it was before them."""
+    stored = epath.Path(_WORKDIR.value or f"runs/{_EXPERIMENT.value}") / "config.json"
+    if _MODE.value in ("eval", "generate") and (_WORKDIR.value or _EXPERIMENT.value):
+        if not stored.exists():
+            raise ConfigError(
+                f"{stored.parent} has no config.json: nothing was trained there"
+            )
+        base = config.from_json(Experiment, json.loads(stored.read_text()))
+        if _EXPERIMENT.value not in ("", base.name):
+            raise ConfigError(
+                f"{stored.parent} holds a run of {base.name}, not of {_EXPERIMENT.value}"
+            )
+    elif _EXPERIMENT.value:
+        base = experiments.load(_EXPERIMENT.value)
+    else:
+        known = ", ".join(experiments.names())
+        raise ConfigError(f"--experiment=NAME is missing; there are: {known}")
+    return config.override(base, _SET.value), base
+
+
+def _print_config(experiment: Experiment, base: Experiment) -> None:
+    for path, value in config.flatten(experiment).items():
+        print(f"{path}={value}")
+    print(f"\ndiffers from {base.name}:")
+    for path, old, new in config.diff(base, experiment):
+        print(f"  {path}: {old} → {new}")
+
+
+def _configure(experiment: Experiment) -> None:
+    """Sets jax up, before it looks for devices."""
+    logging.set_verbosity(logging.WARNING)
+    flax.config.update("nnx_graph_mode", False)
+    flax.config.update("nnx_graph_updates", False)
+    cache = experiment.train.compilation_cache or "~/.cache/lm/jax"
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+    if experiment.train.deterministic:
+        flag = " --xla_gpu_deterministic_ops=true"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
+    if _CPUS.value is not None:
+        if _CPUS.value < 1:
+            raise ConfigError(f"--cpu_devices={_CPUS.value}: expected 1 or more")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", _CPUS.value)
+    if _COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+    elif _COORDINATOR.value:
+        if _PROCESSES.value is None or _PROCESS.value is None:
+            raise ConfigError(
+                "--coordinator=HOST:PORT needs --processes=N and --process_id=I"
+            )
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if experiment.train.require_accelerator and jax.default_backend() == "cpu":
+        raise ConfigError(
+            "train.require_accelerator: jax found only a CPU; install the cuda or tpu extra and "
+            "check the driver, or set train.require_accelerator=false"
+        )
+
+
+def _train(experiment: Experiment, workdir: str) -> int:
+    return loop.run(experiment, workdir, WATCH)
+
+
+def _prepare(experiment: Experiment, workdir: str) -> int:
+    del workdir
+    coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
+    parts = {
+        "train": loader.stores(experiment.data, coder),
+        **evaluate.stores(experiment, coder),
+    }
+    for name, some in parts.items():
+        print(
+            f"{name}: {sum(part.tokens for part in some):,} tokens in {len(some)} store(s)"
+        )
+    return loop.DONE
+
+
+def _restored(
+    experiment: Experiment, workdir: str
+) -> tuple[train.Program, dict, tokenizer.Tokenizer, int]:
+    """Returns the program, the weights, the tokenizer and the step of a checkpoint."""
+    prog = train.program(experiment, sharding.make_layout(experiment.mesh))
+    state = train.abstract_state(prog)
+    averaged = state.ema is not None and experiment.eval.use_ema
+    key = "ema" if averaged else "params"
+    source = (
+        workdir
+        if _STEP.value is None
+        else f"{workdir}/{loop.CHECKPOINTS}/{_STEP.value}"
+    )
+    arrays, found = loop.restore_from(source, {key: state.params})
+    return prog, arrays[key], tokenizer.from_files(found.files), found.step
+
+
+def _eval(experiment: Experiment, workdir: str) -> int:
+    prog, params, coder, step = _restored(experiment, workdir)
+    eval_step = train.make_eval_step(prog)
+    parts = evaluate.stores(experiment, coder)
+    for chosen in experiment.eval.sets:
+        values = evaluate.score(prog, eval_step, params, parts[chosen.name], chosen)
+        if jax.process_index() == 0:
+            print(
+                json.dumps({"step": step, "kind": "eval", "set": chosen.name, **values})
+            )
+    return loop.DONE
+
+
+def _generate(experiment: Experiment, workdir: str) -> int:
+    prompts = _PROMPT.value or list(experiment.generate.prompts) or [""]
+    prog, params, coder, _ = _restored(experiment, workdir)
+    texts = generate.texts(prog, params, coder, prompts, experiment.generate, _say)
+    if jax.process_index() == 0:
+        for prompt, some in zip(prompts, texts, strict=True):
+            for text in some:
+                print(f"{prompt}{text}")
+    return loop.DONE
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.Error as error:
+        line = " ".join(str(error).split())
+        print(f"lm: {line}", file=sys.stderr)
+        sys.exit(WRONG_USE)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

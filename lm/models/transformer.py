@@ -1,0 +1,216 @@
+"""Decoder-only Transformer: embed, stack, norm, head. Knows logical axes, not the mesh.
+
+Shapes: B batch, T length, D embed, V vocabulary padded to `vocab_multiple`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import reshard
+from jaxtyping import Array, Float, Int
+
+from lm import sharding
+from lm.config import ConfigError
+from lm.models import stack
+from lm.nn.attention import Attention, init_cache
+from lm.nn.blockwise import NEG, Tokens, cap
+from lm.nn.ffn import Mlp
+from lm.nn.layers import (
+    Learned,
+    Norm,
+    RmsNorm,
+    Rope,
+    Side,
+    dropout,
+    make_norm,
+    rope_tables,
+)
+from lm.nn.param import param, weight
+
+
+class Transformer(nnx.Module):
+    """A causal language model; returns the final hidden states, the loss applies the head."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        layers: int = 6  # blocks
+        dim: int = 384  # D, width of the residual stream
+        heads: int = 6  # query heads
+        kv_heads: int = 6  # key and value heads; heads is a multiple of them
+        vocab_size: int = 257  # tokens of the tokenizer
+        vocab_multiple: int = 256  # the embedding has this many rows, or a multiple
+        attention: Attention.Config = Attention.Config()
+        ffn: Mlp.Config = Mlp.Config()
+        norm: Norm = RmsNorm.Config()
+        positions: Rope | Learned = Rope()
+        tied: bool = True  # the head is the embedding
+        head_softcap: float | None = None  # logits become cap * tanh(logit / cap)
+        dropout: float = (
+            0.0  # of the embedding and of what each layer adds to the stream
+        )
+        init_std: float = (
+            0.02  # of weights; over sqrt(2 layers) where they write to the stream
+        )
+        dtype: Literal["auto", "float32", "bfloat16"] = (
+            "auto"  # of compute; auto: bf16 but on CPU
+        )
+        remat: stack.Remat = "none"  # what is recomputed in the backward
+        scan: bool = True  # compile one layer and loop, or unroll them all
+
+        def __post_init__(self) -> None:
+            for name in (
+                "layers",
+                "dim",
+                "heads",
+                "kv_heads",
+                "vocab_size",
+                "vocab_multiple",
+            ):
+                if getattr(self, name) < 1:
+                    raise ConfigError(
+                        f"model.{name}={getattr(self, name)}: expected 1 or more"
+                    )
+            if self.heads % self.kv_heads:
+                raise ConfigError(
+                    f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}"
+                )
+            if self.attention.head_dim is None and self.dim % self.heads:
+                raise ConfigError(
+                    f"model.dim={self.dim} is not divisible by model.heads={self.heads}; set "
+                    "model.attention.head_dim, or another dim"
+                )
+            if isinstance(self.positions, Rope) and self.head_dim % 2:
+                raise ConfigError(
+                    f"rotary positions need an even head_dim, got {self.head_dim}"
+                )
+            if not 0 <= self.dropout < 1:
+                raise ConfigError(
+                    f"model.dropout={self.dropout}: expected 0 <= dropout < 1"
+                )
+            if self.dtype not in ("auto", "float32", "bfloat16"):
+                raise ConfigError(
+                    f"model.dtype={self.dtype}: expected auto, float32 or bfloat16"
+                )
+
+        @property
+        def head_dim(self) -> int:
+            """Entries of one head."""
+            return self.attention.head_dim or self.dim // self.heads
+
+        @property
+        def vocab_rows(self) -> int:
+            """Rows of the embedding and the head: the vocabulary, padded."""
+            return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+        @property
+        def head_std(self) -> float:
+            """Std of the head: small enough that initial logits barely leave the uniform."""
+            return min(self.init_std, 0.4 * self.dim**-0.5)
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.config = config
+        V, D = config.vocab_rows, config.dim
+        std = config.head_std if config.tied else config.init_std
+        self.embed_vd = param(rngs, (V, D), ("vocab", "embed"), std)
+        if isinstance(config.positions, Learned):
+            shape = (config.positions.length, D)
+            self.position_pd = param(
+                rngs, shape, ("position", "embed"), config.init_std
+            )
+        self.layers = stack.build(
+            stack.Block.Config(
+                dim=D,
+                heads=config.heads,
+                kv_heads=config.kv_heads,
+                layers=config.layers,
+                mixer=config.attention,
+                ffn=config.ffn,
+                norm=config.norm,
+                dropout=config.dropout,
+                init_std=config.init_std,
+            ),
+            rngs,
+        )
+        self.norm = make_norm(config.norm, D, "norm", rngs)
+        if not config.tied:
+            self.head_vd = param(rngs, (V, D), ("vocab", "embed"), config.head_std)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of compute."""
+        auto = "float32" if sharding.current().platform == "cpu" else "bfloat16"
+        return jnp.dtype(auto if self.config.dtype == "auto" else self.config.dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        tokens: Tokens,
+        keys_BT: Array | None = None,
+        packed: bool = True,
+        cache: Any = None,
+        slot: Array | None = None,
+        cached: Tokens | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
+        """Returns the hidden states after the last norm, sums of the layers' aux, and the cache.
+
+        Args:
+            tokens_BT: ids.
+            tokens: their positions and segments.
+            keys_BT: of dropout, or None for none.
+            packed: False promises that each row is one segment at positions 0, 1, 2, ….
+            cache: from `empty_cache`, or None.
+            slot: with a cache, where these tokens go in it.
+            cached: with a cache, positions and segments of all its slots, these tokens included.
+        """
+        x_BTD = self._embed(tokens_BT, tokens.positions)
+        x_BTD = dropout(x_BTD, self.config.dropout, keys_BT, jnp.uint32(2))
+        rope = None
+        if isinstance(self.config.positions, Rope):
+            rope = rope_tables(
+                self.config.positions, self.config.head_dim, tokens.positions
+            )
+        side = Side(tokens, rope, keys_BT, slot, cached, packed)
+        x_BTD, aux, cache = stack.run(
+            self.layers,
+            x_BTD,
+            side,
+            cache,
+            remat=self.config.remat,
+            scan=self.config.scan,
+        )
+        return self.norm(x_BTD), aux, cache
+
+    def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
+        out = sharding.spec("batch", "length", None)
+        table_vd = weight(self.embed_vd, self.dtype)
+        x_BTD = table_vd.at[tokens_BT].get(
+            out_sharding=out
+        )  # reduce over the vocabulary's shards
+        if isinstance(self.config.positions, Learned):
+            table_pd = weight(self.position_pd, self.dtype)
+            x_BTD = x_BTD + table_pd.at[positions_BT].get(out_sharding=out)
+        return reshard(x_BTD, sharding.spec("batch", "residual", None))
+
+    def head(self) -> nnx.Param:
+        """Returns the parameter [V, D] that turns hidden states into logits."""
+        return self.embed_vd if self.config.tied else self.head_vd
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns fp32 logits; ids that are padding of the vocabulary get -1e30."""
+        w_vd = weight(self.head(), x_BTD.dtype)
+        x_BTD = stack.enter(x_BTD)
+        logits = jnp.einsum(
+            "btd,vd->btv", x_BTD, w_vd, preferred_element_type=jnp.float32
+        )
+        logits, _ = cap(self.config.head_softcap, logits)
+        real = jnp.arange(self.config.vocab_rows) < self.config.vocab_size
+        return jnp.where(real[None, None], logits, NEG)
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        """Returns the cache of `length` slots for `batch` rows: (k, v), each [L, B, S, K, H]."""
+        c = self.config
+        one = init_cache(c.kv_heads, c.head_dim, batch, length, self.dtype)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (c.layers, *a.shape)), one)

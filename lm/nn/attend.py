@@ -1,0 +1,206 @@
+"""Attention from queries, keys, values, positions and segments: chooses how, and says which.
+
+| implementation | where                     | packed documents | window | soft cap | log-sum-exp |
+|----------------|---------------------------|------------------|--------|----------|-------------|
+| einsum         | anywhere, short sequences | yes              | yes    | yes      | yes         |
+| blockwise      | anywhere                  | yes              | yes    | yes      | yes         |
+| cudnn          | NVIDIA Ampere and newer   | no               | causal | no       | yes         |
+| splash         | TPU                       | yes              | causal | yes      | no          |
+
+Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, H head dim.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lm import sharding
+from lm.config import ConfigError
+from lm.nn import blockwise, quadratic
+from lm.nn.blockwise import Mask, Tokens
+
+Implementation = Literal["auto", "einsum", "blockwise", "cudnn", "splash"]
+SHORT = 1024 * 1024  # T x S up to which forming the scores is cheap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What an implementation has to be able to do."""
+
+    platform: str
+    queries: int  # T
+    keys: int  # S
+    head_dim: int
+    dtype: str
+    packed: (
+        bool  # segments that differ within a row, or positions that are not 0, 1, 2, …
+    )
+    mask: Mask
+
+    def obstacle(self, implementation: str) -> str | None:
+        """Returns why the implementation can't do this, or None."""
+        if implementation == "blockwise" and self.block() == 0:
+            return (
+                f"lengths {self.queries} and {self.keys} share no block of 16 or more"
+            )
+        if implementation == "cudnn":
+            if self.platform != "gpu":
+                return f"it needs an NVIDIA GPU, this is {self.platform}"
+            if self.dtype not in ("bfloat16", "float16"):
+                return f"it computes in bfloat16 or float16, not {self.dtype}"
+            if self.packed:
+                return "it has no segments, the rows are packed (data.isolate=false leaves them whole)"
+            if self.mask.softcap is not None:
+                return f"it has no soft cap, here {self.mask.softcap:g}"
+            if self.head_dim % 8 or self.head_dim > 256:
+                return f"it needs head_dim a multiple of 8, at most 256, not {self.head_dim}"
+        if implementation == "splash":
+            if self.platform != "tpu":
+                return f"it needs a TPU, this is {self.platform}"
+            if self.queries % 128 or self.keys % 128:
+                return f"it needs lengths in multiples of 128, not {self.queries}, {self.keys}"
+            if self.head_dim % 64:
+                return f"it needs head_dim a multiple of 64, not {self.head_dim}"
+        if implementation in ("cudnn", "splash"):
+            if not self.mask.ordered or self.queries != self.keys:
+                return "it needs queries and keys to be the same tokens (no cache)"
+            if self.mask.window is not None and not self.mask.causal:
+                return "its window is causal only"
+        return None
+
+    def block(self) -> int:
+        """Returns the largest block length up to 512 that divides T and S, or 0 below 16."""
+        common = math.gcd(self.queries, self.keys)
+        return max((b for b in range(16, 513) if common % b == 0), default=0)
+
+    def choose(self, asked: Implementation) -> str:
+        """Returns the implementation to run.
+
+        Raises:
+            ConfigError: the one asked for can't honour the case.
+        """
+        if asked != "auto":
+            if reason := self.obstacle(asked):
+                raise ConfigError(
+                    f"model.attention.implementation={asked}: {reason}; use auto (which takes "
+                    f"{self.choose('auto')} here)"
+                )
+            return asked
+        if (
+            self.queries * self.keys <= SHORT
+            and self.platform == "cpu"
+            or self.queries == 1
+        ):
+            return "einsum"
+        order = {"gpu": ["cudnn"], "tpu": ["splash"]}.get(self.platform, [])
+        fits = (i for i in [*order, "blockwise", "einsum"] if self.obstacle(i) is None)
+        return next(fits)
+
+
+def attend(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    q_tokens: Tokens,
+    kv_tokens: Tokens,
+    mask: Mask,
+    implementation: Implementation = "auto",
+    packed: bool = True,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"] | None]:
+    """Returns the attention output, and each query's log-sum-exp (fp32) where it is known.
+
+    Each device works on its own rows and heads, in a manual region. `packed=False` promises that
+    every row is one segment at positions 0, 1, 2, ….
+    """
+    case = Case(
+        platform=sharding.current().platform,
+        queries=q_BTKGH.shape[1],
+        keys=k_BSKH.shape[1],
+        head_dim=q_BTKGH.shape[4],
+        dtype=str(q_BTKGH.dtype),
+        packed=packed,
+        mask=mask,
+    )
+    chosen = case.choose(implementation)
+    body = functools.partial(_local, chosen, mask, case.block())
+    q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
+    kv_spec = sharding.spec("batch", "length", "kv_heads", None)
+    tokens = sharding.spec("batch", "length")
+    lse = (
+        ()
+        if chosen == "splash"
+        else (sharding.spec("batch", "kv_heads", None, "length"),)
+    )
+    ins = (q_spec, kv_spec, kv_spec, tokens, tokens, tokens, tokens)
+    ids = (
+        q_tokens.positions,
+        q_tokens.segments,
+        kv_tokens.positions,
+        kv_tokens.segments,
+    )
+    call = sharding.manual(body, ins, (q_spec, *lse), "attention")
+    out = call(q_BTKGH, k_BSKH, v_BSKH, *ids)
+    return out[0], out[1] if lse else None
+
+
+def _local(implementation, mask, block, q, k, v, q_pos, q_seg, kv_pos, kv_seg):
+    """Attention on one device; returns the output, and the log-sum-exp if there is one."""
+    q_tokens, kv_tokens = Tokens(q_pos, q_seg), Tokens(kv_pos, kv_seg)
+    if implementation == "einsum":
+        return quadratic.attention(mask, q, k, v, q_tokens, kv_tokens)
+    if implementation == "blockwise":
+        return blockwise.attention(mask, block, q, k, v, q_tokens, kv_tokens)
+    B, T, K, G, H = q.shape
+    q = q.reshape(B, T, K * G, H)
+    if implementation == "cudnn":
+        out, lse = _cudnn(mask, q, k, v)
+        return out.reshape(B, T, K, G, H), lse.reshape(B, K, G, T)
+    return (_splash(mask, q, k, v, q_seg, kv_seg).reshape(B, T, K, G, H),)
+
+
+def _cudnn(mask, q, k, v):
+    window = None if mask.window is None else (mask.window - 1, 0)
+    out, lse = jax.nn.dot_product_attention(
+        q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window,
+        implementation="cudnn", return_residual=True,
+    )  # fmt: skip
+    return out, lse.transpose(0, 2, 1)
+
+
+def _splash(mask, q, k, v, q_seg, kv_seg):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    T, S = q.shape[1], k.shape[1]
+    if mask.window is not None:
+        one = masks.LocalMask((T, S), (mask.window - 1, 0), 0)
+    else:
+        one = masks.CausalMask((T, S)) if mask.causal else masks.FullMask((T, S))
+    heads = masks.MultiHeadMask([one] * q.shape[2])
+    block = max(b for b in (128, 256, 512) if T % b == 0 and S % b == 0)
+    sizes = kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    run = kernel.make_splash_mha(
+        heads,
+        block_sizes=sizes,
+        attn_logits_soft_cap=mask.softcap,
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * mask.scale, k, v))
+    if k.shape[1] != q.shape[1]:
+        k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = jax.vmap(run)(q, k, v, kernel.SegmentIds(q_seg, kv_seg))
+    return out.transpose(0, 2, 1, 3)

@@ -1,0 +1,180 @@
+"""Multi-head attention with grouped kv heads (Vaswani et al. 2017; Ainslie et al. 2023).
+
+Shapes: B batch, T length, S cache length, D embed, N query heads, K kv heads, G = N / K, H head
+dim. Query heads are kept in groups of their kv head, `[B, T, K, G, H]`, so that one mesh axis
+splits both. With fewer kv heads than devices along it, each kv head is repeated just often enough.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import reshard
+from jaxtyping import Array, Float
+
+from lm import sharding
+from lm.config import ConfigError
+from lm.nn import attend
+from lm.nn.blockwise import Mask
+from lm.nn.layers import RmsNorm, Side, rotate
+from lm.nn.param import einsum, param, weight
+
+
+class Attention(nnx.Module):
+    """Mixes each token with the earlier ones of its own segment."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        head_dim: int | None = None  # entries of a head; None: dim / heads
+        bias: bool = False  # learned shifts of queries, keys and values
+        out_bias: bool = False  # a learned shift of the output
+        qk_norm: bool = False  # RMS norm of each head's queries and keys
+        softcap: float | None = None  # scores become cap * tanh(score / cap)
+        window: int | None = (
+            None  # tokens a query sees back, itself included; None: all
+        )
+        implementation: attend.Implementation = (
+            "auto"  # how it is computed, see lm/nn/attend.py
+        )
+
+        def __post_init__(self) -> None:
+            if self.window is not None and self.window < 1:
+                raise ConfigError(
+                    f"model.attention.window={self.window}: expected 1 or more"
+                )
+            if self.softcap is not None and self.softcap <= 0:
+                raise ConfigError(
+                    f"model.attention.softcap={self.softcap}: expected above 0"
+                )
+
+    def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,
+                 out_std: float, rngs: nnx.Rngs):  # fmt: skip
+        self.config = config
+        self.heads, self.kv_heads = heads, kv_heads
+        H = config.head_dim or dim // heads
+        self.head_dim = H
+        self.query_dnh = param(
+            rngs, (dim, heads, H), ("embed", "heads", "head_dim"), std
+        )
+        self.key_dkh = param(
+            rngs, (dim, kv_heads, H), ("embed", "kv_heads", "head_dim"), std
+        )
+        self.value_dkh = param(
+            rngs, (dim, kv_heads, H), ("embed", "kv_heads", "head_dim"), std
+        )
+        self.out_nhd = param(
+            rngs, (heads, H, dim), ("heads", "head_dim", "embed"), out_std
+        )
+        if config.bias:
+            self.query_bias_nh = param(rngs, (heads, H), ("heads", "head_dim"), 0)
+            self.key_bias_kh = param(rngs, (kv_heads, H), ("kv_heads", "head_dim"), 0)
+            self.value_bias_kh = param(rngs, (kv_heads, H), ("kv_heads", "head_dim"), 0)
+        if config.out_bias:
+            self.out_bias_d = param(rngs, (dim,), ("norm",), 0)
+        if config.qk_norm:
+            self.query_norm = RmsNorm(RmsNorm.Config(), H, "norm", rngs)
+            self.key_norm = RmsNorm(RmsNorm.Config(), H, "norm", rngs)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], side: Side, cache: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns the mixed tokens, and the cache (k, v) with these tokens' keys and values."""
+        q, k, v = self._project(x_BTD)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if side.rope is not None:
+            q, k = rotate(q, side.rope), rotate(k, side.rope)
+        kv_tokens = side.tokens
+        if cache is not None:
+            start = (0, side.slot, 0, 0)
+            k, v = (
+                lax.dynamic_update_slice(c, a.astype(c.dtype), start)
+                for c, a in zip(cache, (k, v), strict=True)
+            )
+            cache, kv_tokens = (k, v), side.cached
+        mask = Mask(
+            scale=self.head_dim**-0.5,
+            window=self.config.window,
+            softcap=self.config.softcap,
+            ordered=cache is None,
+        )
+        y_BTKGH, _ = attend.attend(
+            q, k.astype(q.dtype), v.astype(q.dtype), side.tokens, kv_tokens, mask,
+            self.config.implementation if cache is None else "auto", side.packed or cache is not None,
+        )  # fmt: skip
+        return self._output(y_BTKGH), cache
+
+    def _groups(self) -> tuple[int, int]:
+        """Returns (kv heads in use, query heads for each): kv heads repeat to fill the devices."""
+        devices = sharding.current().size("kv_heads")
+        used = self.kv_heads if self.kv_heads % devices == 0 else devices
+        if used % self.kv_heads or self.heads % used:
+            raise ConfigError(
+                f"model.heads={self.heads} and model.kv_heads={self.kv_heads} cannot be split over "
+                f"{devices} tensor devices; kv_heads must divide them or be a multiple of them, "
+                "and heads be a multiple of both"
+            )
+        return used, self.heads // used
+
+    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        """Returns q [B, T, K, G, H], k and v [B, T, K, H] by one product, so that its backward
+        reduces the gradient of x over tensor once."""
+        dtype = x_BTD.dtype
+        K, G = self._groups()
+        over = sharding.spec(None, "kv_heads", None, None)
+        q_dkgh = weight(self.query_dnh, dtype).reshape(
+            -1, K, G, self.head_dim, out_sharding=over
+        )
+        k_dkgh, v_dkgh = (
+            self._repeat(weight(w, dtype), K)[:, :, None]
+            for w in (self.key_dkh, self.value_dkh)
+        )
+        w_dkgh = jnp.concatenate([q_dkgh, k_dkgh, v_dkgh], axis=2)
+        qkv = einsum("btd,dkgh->btkgh", x_BTD, w_dkgh)
+        if self.config.bias:
+            q_bias = self.query_bias_nh[...].astype(dtype)
+            biases = [
+                q_bias.reshape(
+                    K, G, -1, out_sharding=sharding.spec("kv_heads", None, None)
+                )
+            ]
+            for b in (self.key_bias_kh, self.value_bias_kh):
+                biases.append(self._repeat(b[...].astype(dtype)[None], K)[0][:, None])
+            qkv = qkv + jnp.concatenate(biases, axis=1)[None, None]
+        return qkv[:, :, :, :G], qkv[:, :, :, G], qkv[:, :, :, G + 1]
+
+    def _repeat(self, w_dkh: Array, K: int) -> Array:
+        if K == self.kv_heads:
+            return w_dkh
+        D, _, H = w_dkh.shape
+        times = K // self.kv_heads
+        w = jnp.broadcast_to(w_dkh[:, :, None], (D, self.kv_heads, times, H)).reshape(
+            D, K, H
+        )
+        return reshard(w, sharding.spec(None, "kv_heads", None))
+
+    def _output(self, y_BTKGH: Array) -> Array:
+        K, G = self._groups()
+        over = sharding.spec("kv_heads", None, None, None)
+        w_kghd = weight(self.out_nhd, y_BTKGH.dtype).reshape(
+            K, G, self.head_dim, -1, out_sharding=over
+        )
+        out = sharding.spec("batch", "residual", None)
+        y_BTD = einsum("btkgh,kghd->btd", y_BTKGH, w_kghd, out)  # reduce over tensor
+        if self.config.out_bias:
+            y_BTD = y_BTD + self.out_bias_d[...].astype(y_BTD.dtype)[None, None]
+        return y_BTD
+
+
+def init_cache(
+    kv_heads: int, head_dim: int, batch: int, length: int, dtype: Any
+) -> Any:
+    """Returns the empty (k, v) of one layer: [B, S, K, H], kv heads repeated to fill the devices."""
+    layout = sharding.current()
+    heads = math.lcm(kv_heads, layout.size("kv_heads"))
+    spec = sharding.spec("batch", None, "kv_heads", None)
+    shape = (batch, length, heads, head_dim)
+    return tuple(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2))

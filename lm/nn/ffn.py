@@ -1,0 +1,80 @@
+"""Feed-forward layers. Shapes: B batch, T length, D embed, F hidden."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lm import sharding
+from lm.nn.param import einsum, param, weight
+
+
+class Mlp(nnx.Module):
+    """Two layers (GELU), or a gated first one: SwiGLU, GeGLU (Shazeer 2020)."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        hidden: int | None = (
+            None  # F; None: 4 D, or when gated 8/3 D up to a multiple of 128
+        )
+        activation: Literal["swiglu", "geglu", "gelu"] = (
+            "swiglu"  # GELU by its tanh formula
+        )
+        bias: bool = False  # learned shifts after both products
+
+        def width(self, dim: int) -> int:
+            """Returns F for a model of width D."""
+            if self.hidden is not None:
+                return self.hidden
+            return (
+                4 * dim if self.activation == "gelu" else -(-8 * dim // (3 * 128)) * 128
+            )
+
+    def __init__(
+        self, config: Config, dim: int, std: float, out_std: float, rngs: nnx.Rngs
+    ):
+        self.config = config
+        F = config.width(dim)
+        if config.activation != "gelu":
+            self.gate_df = param(rngs, (dim, F), ("embed", "mlp"), std)
+        self.up_df = param(rngs, (dim, F), ("embed", "mlp"), std)
+        self.down_fd = param(rngs, (F, dim), ("mlp", "embed"), out_std)
+        if config.bias:
+            if config.activation != "gelu":
+                self.gate_bias_f = param(rngs, (F,), ("mlp",), 0)
+            self.up_bias_f = param(rngs, (F,), ("mlp",), 0)
+            self.down_bias_d = param(rngs, (dim,), ("norm",), 0)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        h_BTF = self._hidden(x_BTD)
+        out = sharding.spec("batch", "residual", None)
+        y_BTD = einsum(
+            "btf,fd->btd", h_BTF, weight(self.down_fd, h_BTF.dtype), out
+        )  # reduce over tensor
+        if self.config.bias:
+            y_BTD = y_BTD + self.down_bias_d[...].astype(y_BTD.dtype)[None, None]
+        return y_BTD
+
+    def _hidden(self, x_BTD: Array) -> Array:
+        dtype, bias = x_BTD.dtype, self.config.bias
+        up_df = weight(self.up_df, dtype)
+        if self.config.activation == "gelu":
+            h = einsum("btd,df->btf", x_BTD, up_df)
+            return jax.nn.gelu(
+                h + self.up_bias_f[...].astype(dtype)[None, None] if bias else h
+            )
+        # One product for gate and up: the gradient of x is reduced over tensor once.
+        w_dcf = jnp.stack([weight(self.gate_df, dtype), up_df], axis=1)
+        h = einsum("btd,dcf->btcf", x_BTD, w_dcf)
+        if bias:
+            h = (
+                h
+                + jnp.stack([self.gate_bias_f[...], self.up_bias_f[...]]).astype(dtype)[
+                    None, None
+                ]
+            )
+        act = jax.nn.silu if self.config.activation == "swiglu" else jax.nn.gelu
+        return act(h[:, :, 0]) * h[:, :, 1]

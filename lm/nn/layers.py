@@ -1,0 +1,159 @@
+"""Small layers: norms, positions, dropout. Shapes: B batch, T length, D embed, N heads, H head dim."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lm import sharding
+from lm.config import ConfigError
+from lm.nn.blockwise import Tokens
+from lm.nn.param import param
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), in fp32."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        eps: float = 1e-6  # added to the mean square
+
+    def __init__(self, config: Config, dim: int, axis: str, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.scale_d = param(rngs, (dim,), (axis,))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return (y * _like(self.scale_d[...], y)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last dimension (Ba et al. 2016), in fp32."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        eps: float = 1e-5  # added to the variance
+        bias: bool = True  # a learned shift besides the learned scale
+
+    def __init__(self, config: Config, dim: int, axis: str, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.scale_d = param(rngs, (dim,), (axis,))
+        self.bias_d = param(rngs, (dim,), (axis,), std=0) if config.bias else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        y = y * _like(self.scale_d[...], y)
+        if self.bias_d is not None:
+            y = y + _like(self.bias_d[...], y)
+        return y.astype(x.dtype)
+
+
+Norm = RmsNorm.Config | LayerNorm.Config
+
+
+def make_norm(config: Norm, dim: int, axis: str, rngs: nnx.Rngs) -> RmsNorm | LayerNorm:
+    """Returns the norm that `config` describes over vectors of `dim` entries."""
+    if isinstance(config, RmsNorm.Config):
+        return RmsNorm(config, dim, axis, rngs)
+    return LayerNorm(config, dim, axis, rngs)
+
+
+def _like(scale: jax.Array, x: jax.Array) -> jax.Array:
+    return scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions (Su et al. 2021), halves rotated against each other (GPT-NeoX order)."""
+
+    base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi base positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A learned vector for each position, added to the embedding."""
+
+    length: int = 1024  # positions there are vectors for, tokens
+
+
+def rope_tables(
+    rope: Rope, head_dim: int, positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+    """Returns (cos, sin) of the angle of each position in each of H2 = head_dim / 2 planes."""
+    if head_dim % 2:
+        raise ConfigError(f"rotary positions need an even head_dim, got {head_dim}")
+    frequency = rope.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency[None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B T *N H"], tables: tuple[Array, Array]
+) -> Float[Array, "B T *N H"]:
+    """Returns x with each pair (h, h + H/2) rotated by its position's angle, computed in fp32."""
+    shape = (*x.shape[:2], *(1,) * (x.ndim - 3), x.shape[-1] // 2)
+    cos, sin = (t.reshape(shape) for t in tables)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What every block of a stack gets besides the residual stream; travels with its rows."""
+
+    tokens: Tokens  # positions and segments of the rows
+    rope: tuple[Array, Array] | None = None  # (cos, sin) of `rope_tables`
+    keys_BT: Array | None = None  # from `dropout_keys`; None turns dropout off
+    slot: Array | None = None  # int32[]: where in the cache these tokens go
+    cached: Tokens | None = (
+        None  # positions and segments of the cache, these tokens included
+    )
+    packed: bool = (
+        True  # rows may hold several segments, or positions that are not 0, 1, 2, …
+    )
+
+
+jax.tree_util.register_dataclass(
+    Side, ["tokens", "rope", "keys_BT", "slot", "cached"], ["packed"]
+)
+
+
+def dropout_keys(seed: int, step: Int[Array, ""], index_B: Array, length: int) -> Array:
+    """Returns a key for each example and position, [B, T].
+
+    Folded from (seed, step, global example index, position), so that what is dropped depends on no
+    microbatch, mesh or order of layers' execution.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    example_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
+    over_t = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(over_t, (0, None))(example_B, jnp.arange(length, dtype=jnp.uint32))
+
+
+def dropout(
+    x_BTD: Float[Array, "B T D"], rate: float, keys_BT: Any, site: Int[Array, ""] | int
+) -> Float[Array, "B T D"]:
+    """Returns x with entries zeroed with probability `rate`, the others scaled by 1/(1-rate).
+
+    Args:
+        x_BTD: activations.
+        rate: 0 turns it off.
+        keys_BT: from `dropout_keys`, or None (evaluation): x itself.
+        site: a number of its own for each place in the model.
+    """
+    if keys_BT is None or not rate:
+        return x_BTD
+
+    def keep(key: Array) -> Array:
+        return jax.random.bernoulli(
+            jax.random.fold_in(key, site), 1 - rate, x_BTD.shape[-1:]
+        )
+
+    keys_BT = jax.sharding.reshard(keys_BT, sharding.spec("batch", "residual"))
+    return jnp.where(jax.vmap(jax.vmap(keep))(keys_BT), x_BTD / (1 - rate), 0)

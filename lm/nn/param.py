@@ -1,0 +1,109 @@
+"""Parameters with logical axes, and the one way to use them in a product.
+
+A parameter is an `nnx.Param` whose metadata `axes` names its dimensions; its sharding follows from
+`sharding.storage`. `weight` returns it cast and gathered for use; `einsum` is `jnp.einsum` with a
+backward that XLA's CPU backend runs well.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+
+from lm import sharding
+
+
+def param(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], std: float | None = None
+) -> nnx.Param:
+    """Returns a new fp32 parameter, born sharded.
+
+    Args:
+        rngs: its stream `params` gives the key.
+        shape: size of each dimension.
+        axes: logical axis of each dimension, see `sharding.Rules`.
+        std: standard deviation of a normal distribution; 0 gives zeros, None ones.
+
+    Raises:
+        ConfigError: a dimension that its mesh axes do not divide.
+    """
+    sizes = ", ".join(f"{a} {n}" for a, n in zip(axes, shape, strict=True))
+    partition = sharding.storage(f"parameter [{sizes}]", shape, axes)
+    if std:
+        init = jax.nn.initializers.normal(std)
+        value = init(rngs.params(), tuple(shape), jnp.float32, out_sharding=partition)
+    else:
+        value = jnp.full(shape, float(std is None), jnp.float32, out_sharding=partition)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def weight(p: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """Returns the parameter in `dtype`, gathered over the axes it is only stored over (ZeRO-3).
+
+    The cast comes first, so that the gather moves bytes of `dtype`; its transpose, in the backward
+    pass, is the reduce-scatter of the gradient.
+    """
+    value = p[...].astype(dtype)
+    stored = sharding.storage("weight", value.shape, p.axes)
+    used = sharding.gathered(stored)
+    if (
+        "kv_heads" in p.axes
+    ):  # too few heads to split: `storage` moved the axes to `embed`
+        used = sharding.gathered(P(*_unmoved(p.axes, value.shape)))
+    return reshard(value, used)  # all-gather over fsdp
+
+
+def _unmoved(
+    axes: Sequence[str], shape: Sequence[int]
+) -> list[str | tuple[str, ...] | None]:
+    layout = sharding.current()
+    fits = all(
+        a != "kv_heads" or n % layout.size(a) == 0
+        for a, n in zip(axes, shape, strict=True)
+    )
+    return list(sharding.spec(*(a if a != "kv_heads" or fits else None for a in axes)))
+
+
+def einsum(
+    subscripts: str, x: jax.Array, w: jax.Array, out: P | None = None
+) -> jax.Array:
+    """Returns `jnp.einsum(subscripts, x, w, out_sharding=out)`.
+
+    On CPU the backward stands behind an optimization barrier: there XLA fuses elementwise work and
+    transposes into the operands of the weight gradient's product, which then misses the fast
+    matrix routine. Accelerators want that fusion and get no barrier.
+    """
+    if sharding.current().platform != "cpu":
+        return jnp.einsum(subscripts, x, w, out_sharding=out)
+    return _einsum_cpu(subscripts, out, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum_cpu(
+    subscripts: str, out: P | None, x: jax.Array, w: jax.Array
+) -> jax.Array:
+    return jnp.einsum(subscripts, x, w, out_sharding=out)
+
+
+def _einsum_fwd(subscripts, out, x, w):
+    return _einsum_cpu(subscripts, out, x, w), (x, w)
+
+
+def _einsum_bwd(subscripts, out, saved, g):
+    x, w, g = lax.optimization_barrier((*saved, g))
+    _, vjp = jax.vjp(lambda x, w: jnp.einsum(subscripts, x, w, out_sharding=out), x, w)
+    return vjp(g)
+
+
+_einsum_cpu.defvjp(_einsum_fwd, _einsum_bwd)
+
+
+def residual_std(layers: int, std: float = 0.02) -> float:
+    """Returns the std of projections into the residual stream of `layers` blocks (GPT-2 §2.3)."""
+    return std / math.sqrt(2 * layers)

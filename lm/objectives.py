@@ -1,0 +1,242 @@
+"""Losses over model outputs: sums over tokens, so that no batch layout can change their value.
+
+Shapes: B batch, T length, D embed, V vocabulary (padded), C tokens of a chunk. Small letters are
+one device's share.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from lm import sharding
+from lm.config import ConfigError
+from lm.models.stack import enter
+from lm.models.transformer import Transformer
+from lm.nn.blockwise import NEG, Tokens, cap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Causal:
+    """Predict each token from the earlier ones of its document, by cross-entropy."""
+
+    z_loss: float = (
+        0.0  # weight of log(Z)^2, which keeps logits from drifting (Chowdhery 2022)
+    )
+    label_smoothing: float = (
+        0.0  # share of the target spread evenly over the vocabulary
+    )
+    chunk: int = 1024  # tokens of a device whose logits exist at once
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                f"objective.label_smoothing={self.label_smoothing}: expected 0 <= value < 1"
+            )
+        if self.chunk < 1 or self.z_loss < 0:
+            raise ConfigError("objective: chunk must be 1 or more and z_loss 0 or more")
+
+
+Batch = dict[
+    str, Array
+]  # tokens, targets, segments, positions [B, T]; weights; bytes, index [B]
+
+
+def causal(
+    objective: Causal, model: Transformer, batch: Batch, keys_BT: Any, packed: bool
+) -> tuple[Array, dict[str, Array]]:
+    """Returns the loss summed over the batch's scored tokens, and sums of what is reported.
+
+    Sums: `nll` (nats, of the cross-entropy alone), `tokens` (scored), `bytes` (of their text).
+    """
+    x_BTD, aux, _ = model(
+        batch["tokens"], Tokens(batch["positions"], batch["segments"]), keys_BT, packed
+    )
+    loss, nll = cross_entropy(
+        Head(
+            vocab=model.config.vocab_size,
+            softcap=model.config.head_softcap,
+            chunk=objective.chunk,
+            z_loss=objective.z_loss,
+            smoothing=objective.label_smoothing,
+        ),
+        enter(x_BTD),
+        model.head()[...],
+        batch["targets"],
+        batch["weights"],
+    )
+    sums = {"nll": nll, "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
+    return loss, {**sums, **aux}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+    """How logits and their loss are formed; static."""
+
+    vocab: int  # real ids; the rows above are padding
+    softcap: float | None
+    chunk: int
+    z_loss: float
+    smoothing: float
+
+
+def cross_entropy(
+    head: Head,
+    x_BTD: Float[Array, "B T D"],
+    w_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the weighted loss and the weighted negative log-likelihood, fp32 sums over tokens.
+
+    Logits exist for one chunk of tokens at a time. When a gradient is asked for, it is computed in
+    the same pass (the loss is a scalar, so its gradient is known up to a factor): no logits are
+    kept or formed again. The vocabulary may be split over devices: then each token's maximum, sum
+    and target logit are reduced over them, and the weight is gathered over fsdp, in the dtype of x,
+    and its gradient reduced back. Only the loss is differentiable, not the second result.
+    """
+    return _cross_entropy(head, x_BTD, w_VD, targets_BT, weights_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(head, x, w, targets, weights):
+    sums = _region(head, False)(x, w, targets, weights)
+    return sums[0].sum(), sums[1].sum()
+
+
+def _fwd(head, x, w, targets, weights):
+    loss, nll, dx, dw = _region(head, True)(x, w, targets, weights)
+    return (loss.sum(), nll.sum()), (dx, dw, weights)
+
+
+def _bwd(head, saved, cotangents):
+    dx, dw, weights = saved
+    g = cotangents[0]
+    return (dx * g).astype(dx.dtype), dw * g, None, jnp.zeros_like(weights)
+
+
+_cross_entropy.defvjp(_fwd, _bwd)
+
+
+def _region(head: Head, gradient: bool):
+    """The chunked loss on every device's own tokens and rows of the vocabulary."""
+    axes = Axes.of(sharding.current())
+    tokens = sharding.spec("batch", "length")
+    x_spec, w_spec = (
+        sharding.spec("batch", "length", None),
+        sharding.spec("vocab", "embed"),
+    )
+    row = sharding.spec("batch")  # one partial sum for each device's rows
+    outs = (row, row, x_spec, w_spec) if gradient else (row, row)
+    body = functools.partial(_chunks, head, axes, gradient)
+    return sharding.region(body, (x_spec, w_spec, tokens, tokens), outs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Mesh axes by what the loss does over them."""
+
+    vocab: tuple[str, ...]  # split the vocabulary
+    embed: tuple[str, ...]  # split the stored weight's width
+    tokens: tuple[str, ...]  # split the tokens
+    length: tuple[str, ...]  # of these, those that split a row
+
+    @classmethod
+    def of(cls, layout: sharding.Layout) -> "Axes":
+        batch, length = layout.axes("batch"), layout.axes("length")
+        return cls(layout.axes("vocab"), layout.axes("embed"), batch + length, length)
+
+
+def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
+    """Loss of one device's tokens: x [b, t, D], w [v, d], targets and weights [b, t]."""
+    D = x.shape[-1]
+    w = w.astype(x.dtype)
+    if axes.embed:
+        w = lax.all_gather(w, axes.embed, axis=1, tiled=True)
+    v = w.shape[0]
+    first = lax.axis_index(axes.vocab) * v if axes.vocab else 0
+    ids = first + jnp.arange(v)  # of this device's rows
+    c = _chunk(head.chunk, targets.size)
+    parts = (x.reshape(-1, c, D), targets.reshape(-1, c), weights.reshape(-1, c))
+
+    def step(dw, part):
+        x_CD, target_C, weight_C = part
+        out = _one_chunk(head, axes, x_CD, w, ids, target_C, weight_C, gradient)
+        loss, nll, dz_CV = out
+        if not gradient:
+            return dw, (loss, nll)
+        dw = dw + jnp.einsum(
+            "cv,cd->vd", dz_CV, x_CD, preferred_element_type=jnp.float32
+        )
+        return dw, (loss, nll, jnp.einsum("cv,vd->cd", dz_CV, w))
+
+    zero = jnp.zeros(w.shape, jnp.float32) if gradient else None
+    dw, (loss, nll, *dx) = lax.scan(step, zero, parts)
+    loss, nll = loss.sum()[None], nll.sum()[None]
+    if axes.length:
+        loss, nll = lax.psum((loss, nll), axes.length)
+    if not gradient:
+        return loss, nll
+    dx = dx[0].reshape(x.shape)
+    if axes.vocab:
+        dx = lax.psum(dx, axes.vocab)
+    if axes.embed:
+        dw = lax.psum_scatter(dw, axes.embed, scatter_dimension=1, tiled=True)
+    rest = tuple(a for a in axes.tokens if a not in axes.embed)
+    if rest:
+        dw = lax.psum(dw, rest)
+    return loss, nll, dx, dw
+
+
+def _one_chunk(
+    head: Head, axes: Axes, x_CD, w, ids, target_C, weight_C, gradient: bool
+):
+    """Returns the chunk's loss, its negative log-likelihood and the gradient of its logits."""
+    z_CV = jnp.einsum("cd,vd->cv", x_CD, w, preferred_element_type=jnp.float32)
+    z_CV, slope = cap(head.softcap, z_CV)
+    real = ids < head.vocab
+    z_CV = jnp.where(real[None], z_CV, NEG)
+    top_C = z_CV.max(-1)
+    if axes.vocab:
+        top_C = lax.pmax(top_C, axes.vocab)
+    e_CV = jnp.exp(z_CV - top_C[:, None])
+    hit_CV = ids[None] == target_C[:, None]
+    sums = [e_CV.sum(-1), jnp.where(hit_CV, z_CV, 0).sum(-1)]
+    if head.smoothing:
+        sums.append(jnp.where(real[None], z_CV, 0).sum(-1))
+    if axes.vocab:
+        sums = lax.psum(sums, axes.vocab)
+    norm_C, label_C, *all_C = sums
+    lse_C = top_C + jnp.log(norm_C)
+    nll_C = lse_C - label_C
+    loss_C = nll_C
+    if head.smoothing:
+        mean_C = lse_C - all_C[0] / head.vocab
+        loss_C = (1 - head.smoothing) * nll_C + head.smoothing * mean_C
+    loss_C = loss_C + head.z_loss * lse_C * lse_C
+    loss, nll = (loss_C * weight_C).sum(), (nll_C * weight_C).sum()
+    if not gradient:
+        return loss, nll, None
+    p_CV = e_CV * ((1 + 2 * head.z_loss * lse_C) / norm_C)[:, None]
+    dz_CV = p_CV - (1 - head.smoothing) * hit_CV
+    if head.smoothing:
+        dz_CV = dz_CV - (head.smoothing / head.vocab) * real[None]
+    dz_CV = (dz_CV * weight_C[:, None] * slope).astype(x_CD.dtype)
+    if sharding.current().platform == "cpu":
+        dz_CV = lax.optimization_barrier(dz_CV)  # see lm/nn/param.py
+    return loss, nll, dz_CV
+
+
+def _chunk(wanted: int, tokens: int) -> int:
+    """The largest number of tokens up to `wanted` that divides `tokens`."""
+    return next(c for c in range(min(wanted, tokens), 0, -1) if tokens % c == 0)
+
+
+def bits_per_byte(nll: float, count: float) -> float:
+    """Returns nats over `count` bytes as bits per byte."""
+    return nll / math.log(2) / count

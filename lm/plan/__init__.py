@@ -1,0 +1,1 @@
+"""What an experiment costs: arithmetic of a model, and what chips can do."""

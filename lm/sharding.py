@@ -1,0 +1,452 @@
+"""The mesh, the one table from logical to mesh axes, and manual regions.
+
+Every array of this project names its dimensions by logical axes ("batch", "embed", "heads", …).
+`Rules` maps them to the six mesh axes; no other module names a mesh axis. Meshes are Explicit
+(`jax.sharding.AxisType.Explicit`): a sharding is part of an array's type, so a wrong one raises
+while tracing, and communication happens only where `reshard` or `out_sharding` ask for it.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm.config import ConfigError, nearest
+
+AXES = ("pipe", "data", "fsdp", "seq", "expert", "tensor")  # slowest links first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices stand along each mesh axis; one axis may be -1, "the rest"."""
+
+    pipe: int = 1  # pipeline stages
+    data: int = -1  # replicas of the weights, each with its share of the batch
+    fsdp: int = (
+        1  # shares of weights and batch: weights are gathered where used (ZeRO-3)
+    )
+    seq: int = 1  # shares of the sequence (context parallelism)
+    expert: int = 1  # shares of the experts
+    tensor: int = 1  # shares of heads, feed-forward and vocabulary (Megatron-style)
+    zero1: bool = False  # shard the optimizer state over data as well (ZeRO-1)
+    sequence_parallel: bool = False  # shard the residual stream's length over tensor
+    slices: int = (
+        1  # groups of devices that only a slow network joins (TPU slices, GPU hosts)
+    )
+    slice_axis: Literal["data", "fsdp", "pipe"] = (
+        "data"  # the axis that crosses that network
+    )
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes()
+        if sum(n == -1 for n in sizes.values()) > 1:
+            raise ConfigError(f"mesh {sizes}: only one axis may be -1 (the rest)")
+        for axis, n in sizes.items():
+            if n < 1 and n != -1:
+                raise ConfigError(
+                    f"mesh.{axis}={n}: expected a positive number, or -1 (the rest)"
+                )
+        for axis in ("pipe", "seq", "expert"):
+            if sizes[axis] != 1:
+                raise ConfigError(
+                    f"mesh.{axis}={sizes[axis]}: not available yet; set mesh.{axis}=1 "
+                    "and use data, fsdp and tensor"
+                )
+        n = sizes[self.slice_axis]
+        if self.slices < 1 or (n != -1 and n % self.slices):
+            raise ConfigError(
+                f"mesh.{self.slice_axis}={n} is not divisible by mesh.slices={self.slices}"
+            )
+
+    def sizes(self) -> dict[str, int]:
+        """Returns {mesh axis: devices along it} in the order of `AXES`."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def resolve(self, devices: int) -> "MeshConfig":
+        """Returns this config with -1 replaced so that the mesh has `devices` devices.
+
+        Raises:
+            ConfigError: the other axes do not divide `devices`, or ask for more than there are.
+        """
+        sizes = self.sizes()
+        known = math.prod(n for n in sizes.values() if n != -1)
+        text = (
+            " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1)
+            or "1 device"
+        )
+        if known > devices:
+            raise ConfigError(
+                f"the mesh {text} needs {known} devices, there are {devices}; make an axis "
+                "smaller, or emulate devices with --cpu_devices"
+            )
+        for axis, n in sizes.items():
+            if n == -1:
+                if devices % known:
+                    raise ConfigError(
+                        f"mesh.{axis}=-1: {devices} devices do not divide by the {known} of the "
+                        f"other axes ({text})"
+                    )
+                return dataclasses.replace(self, **{axis: devices // known})
+        return self
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The table: the mesh axes over which each logical axis is split."""
+
+    # Activations.
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    length: tuple[str, ...] = ("seq",)
+    residual: tuple[str, ...] = (
+        "seq",
+    )  # the length of the residual stream between blocks
+    replica: tuple[str, ...] = ("data",)  # a leading axis of one entry per data replica
+    # Weights (and activations of the same name).
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor", "pipe")
+    expert: tuple[str, ...] = ("expert",)
+    layers: tuple[str, ...] = ("pipe",)
+    position: tuple[str, ...] = ()
+    norm: tuple[
+        str, ...
+    ] = ()  # scales and biases of the width of the model: small, whole
+
+
+GATHERED = ("fsdp",)  # mesh axes over which weights are stored, not used, in parts
+MOVABLE = (
+    "kv_heads",
+)  # may have fewer entries than devices: then `embed` takes its mesh axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, real or abstract, with its rules and the platform that will run it."""
+
+    mesh: Mesh | AbstractMesh
+    rules: Rules
+    platform: str  # "cpu", "gpu" or "tpu"
+    mapped: frozenset[str] = frozenset()  # mesh axes that an enclosing vmap stands for
+
+    def size(self, logical: str) -> int:
+        """Returns over how many devices the logical axis is split."""
+        return math.prod(self.mesh.shape[a] for a in self.axes(logical))
+
+    def axes(self, logical: str) -> tuple[str, ...]:
+        """Returns the mesh axes of a logical axis, those of one device left out."""
+        if not hasattr(self.rules, logical):
+            known = [f.name for f in dataclasses.fields(Rules)]
+            raise ValueError(f"no logical axis {logical!r}{nearest(logical, known)}")
+        return tuple(a for a in getattr(self.rules, logical) if self.splits(a))
+
+    def splits(self, axis: str) -> bool:
+        """Returns whether the mesh axis has several devices and no enclosing vmap."""
+        return self.mesh.shape[axis] > 1 and axis not in self.mapped
+
+
+_layout: contextvars.ContextVar[Layout] = contextvars.ContextVar("layout")
+
+
+def current() -> Layout:
+    """Returns the layout in use; raises LookupError outside `use`."""
+    return _layout.get()
+
+
+@contextlib.contextmanager
+def use(layout: Layout) -> Iterator[Layout]:
+    """Makes `layout` the one that `spec` reads and its mesh the one that jax traces for."""
+    token = _layout.set(layout)
+    try:
+        if isinstance(layout.mesh, Mesh):
+            with jax.set_mesh(layout.mesh):
+                yield layout
+        else:
+            with jax.sharding.use_abstract_mesh(layout.mesh):
+                yield layout
+    finally:
+        _layout.reset(token)
+
+
+@contextlib.contextmanager
+def replicas() -> Iterator[None]:
+    """Inside, `spec` leaves out the data axis: a vmap over the replicas stands for it."""
+    layout = current()
+    token = _layout.set(
+        dataclasses.replace(layout, mapped=frozenset(layout.rules.replica))
+    )
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def spec(*logical: str | None) -> P:
+    """Returns the PartitionSpec of an array whose dimensions are these logical axes.
+
+    Raises:
+        ValueError: an unknown logical axis, or one mesh axis used for two dimensions.
+    """
+    return _partition(
+        [() if a is None else current().axes(a) for a in logical], logical
+    )
+
+
+def storage(name: str, shape: Sequence[int], axes: Sequence[str]) -> P:
+    """Returns how a parameter is kept between steps, every dimension checked to divide.
+
+    A `kv_heads` dimension with fewer heads than devices leaves its mesh axes to `embed`.
+
+    Raises:
+        ConfigError: a dimension that its mesh axes do not divide, with the sizes and the fix.
+    """
+    layout = current()
+    split = [layout.axes(a) for a in axes]
+    for i, axis in enumerate(axes):
+        if axis in MOVABLE and shape[i] % layout.size(axis):
+            home = next((j for j, a in enumerate(axes) if a == "embed"), None)
+            if home is not None:
+                split[home] += split[i]
+            split[i] = ()
+    for n, axis, over in zip(shape, axes, split, strict=True):
+        devices = math.prod(layout.mesh.shape[a] for a in over)
+        if n % devices:
+            sizes = ", ".join(f"mesh.{a}={layout.mesh.shape[a]}" for a in over)
+            raise ConfigError(
+                f"{name}: {axis}={n} is not divisible by {devices} ({sizes}); choose mesh sizes "
+                f"that divide {n}, or another {axis}"
+            )
+    return _partition(split, axes)
+
+
+def gathered(partition: P) -> P:
+    """Returns the spec of a stored weight once it is gathered for use (ZeRO-3)."""
+    kept = [tuple(a for a in _names(entry) if a not in GATHERED) for entry in partition]
+    return _partition(kept, kept)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _partition(split: Sequence[tuple[str, ...]], what: Sequence[Any]) -> P:
+    used = [axis for axes in split for axis in axes]
+    if len(used) != len(set(used)):
+        raise ValueError(
+            f"{tuple(what)}: a mesh axis is used for two dimensions ({used})"
+        )
+    return P(*(axes[0] if len(axes) == 1 else axes or None for axes in split))
+
+
+def make_rules(config: MeshConfig) -> Rules:
+    """Returns the table that `config` asks for."""
+    residual = ("seq", "tensor") if config.sequence_parallel else ("seq",)
+    return Rules(residual=residual)
+
+
+def make_layout(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> Layout:
+    """Builds the mesh over `devices` (default: all), nearest devices along the last axes.
+
+    With fewer mesh entries than devices the first ones are used (one process only).
+
+    Raises:
+        ConfigError: the mesh does not fit the devices.
+    """
+    found = list(devices if devices is not None else jax.devices())
+    config = config.resolve(len(found))
+    shape = tuple(config.sizes().values())
+    count = math.prod(shape)
+    if count < len(found) and jax.process_count() > 1:
+        raise ConfigError(
+            f"the mesh uses {count} of {len(found)} devices; with several processes it must use "
+            "all: set one axis to -1"
+        )
+    grid = _grid(config, shape, found[:count])
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return Layout(mesh, make_rules(config), platform(found[0]))
+
+
+def abstract_layout(config: MeshConfig, devices: int, platform: str = "tpu") -> Layout:
+    """Returns a layout of `devices` devices that need not exist: shapes and shardings only."""
+    sizes = tuple(config.resolve(devices).sizes().values())
+    if math.prod(sizes) != devices:
+        raise ConfigError(
+            f"the mesh {config.sizes()} does not multiply to {devices} devices"
+        )
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return Layout(mesh, make_rules(config), platform)
+
+
+def platform(device: jax.Device) -> str:
+    """Returns "cpu", "gpu" or "tpu"."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
+def _grid(
+    config: MeshConfig, shape: tuple[int, ...], devices: list[jax.Device]
+) -> np.ndarray:
+    from jax.experimental import mesh_utils
+
+    if config.slices > 1:
+        outer = [config.slices if a == config.slice_axis else 1 for a in AXES]
+        inner = [n // s for n, s in zip(shape, outer, strict=True)]
+        by_process = not hasattr(devices[0], "slice_index")
+        try:
+            return mesh_utils.create_hybrid_device_mesh(
+                inner, outer, devices, process_is_granule=by_process
+            )
+        except ValueError as error:
+            unit = "processes" if by_process else "slices"
+            raise ConfigError(
+                f"mesh.slices={config.slices}: {error} ({unit})"
+            ) from error
+    return mesh_utils.create_device_mesh(shape, devices)
+
+
+def manual(
+    body: Callable[..., Any],
+    in_specs: tuple[P, ...],
+    out_specs: tuple[P, ...],
+    name: str,
+) -> Callable[..., Any]:
+    """Returns a function that runs `body` on each device's shard, all mesh axes manual.
+
+    A partly manual `shard_map` gathers every other axis at its boundary, so all are manual here.
+    Under `jax.vmap` the mapped dimension of each mapped argument keeps its mesh axis and is split
+    too; arguments that are not mapped are shared. The gradient is that of `body` on each shard;
+    what it needs stays on its device and carries the `checkpoint_name` `name`.
+
+    Args:
+        body: from shards to a tuple of shards. It must not reduce over devices: the gradient of
+            such a region is written by hand around `region`.
+        in_specs: one for each argument.
+        out_specs: one for each result.
+        name: what a remat policy calls the results and what the backward needs.
+    """
+
+    @jax.custom_vjp
+    def call(*args: Any) -> Any:
+        return region(body, in_specs, out_specs)(*args)
+
+    cell: dict[
+        Any, Any
+    ] = {}  # the backward's structure by vmaps around, once forward is traced
+
+    def forward(*args: Any) -> Any:
+        floats = _floats(args)
+
+        def run(*shards: Any) -> Any:
+            def of_floats(*values: Any) -> Any:
+                given = dict(zip(floats, values, strict=True))
+                return body(*(given.get(i, a) for i, a in enumerate(shards)))
+
+            out, vjp = jax.vjp(of_floats, *(shards[i] for i in floats))
+            leaves, tree = jax.tree.flatten(vjp)
+            places = {
+                id(a): i for i, a in enumerate((*shards, *out))
+            }  # these are saved once
+            known = [places.get(id(leaf)) for leaf in leaves]
+            cell[_vmaps.get()] = tree, known
+            return out, [
+                x[None] for x, i in zip(leaves, known, strict=True) if i is None
+            ]
+
+        out, rest = region(run, in_specs, (out_specs, _everywhere()))(*args)
+        out, rest = jax.tree.map(lambda x: checkpoint_name(x, name), (out, rest))
+        return out, (*args, *out, *rest)
+
+    def backward(saved: Any, cotangents: Any) -> Any:
+        count = len(in_specs) + len(out_specs)
+
+        def run(*shards: Any) -> Any:
+            tree, known = cell[_vmaps.get()]
+            rest = iter(shards[count : len(saved)])
+            leaves = [next(rest)[0] if i is None else shards[i] for i in known]
+            return jax.tree.unflatten(tree, leaves)(shards[len(saved) :])
+
+        floats = _floats(saved[: len(in_specs)])
+        rows = (_everywhere(),) * (len(saved) - count)
+        ins = (*in_specs, *out_specs, *rows, *out_specs)
+        grads = region(run, ins, tuple(in_specs[i] for i in floats))(
+            *saved, *cotangents
+        )
+        given = dict(zip(floats, grads, strict=True))
+        return tuple(given.get(i) for i in range(len(in_specs)))
+
+    call.defvjp(forward, backward)
+    return call
+
+
+def _floats(args: Sequence[Any]) -> list[int]:
+    return [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+
+def _everywhere() -> P:
+    """The spec of an array with one row for each device."""
+    axes = tuple(a for a in AXES if current().splits(a))
+    return _partition([axes], ["device"])
+
+
+_vmaps: contextvars.ContextVar[int] = contextvars.ContextVar("vmaps", default=0)
+
+
+def region(
+    body: Callable[..., Any], in_specs: tuple[P, ...], out_specs: Any, vmaps: int = 0
+) -> Callable[..., Any]:
+    """Returns `manual` without a gradient: wrap it in a `jax.custom_vjp` of your own.
+
+    Args:
+        body: from shards to a tree of shards.
+        in_specs: one for each argument.
+        out_specs: a tree, or a prefix of one, for the result.
+        vmaps: how many vmaps are around `body` already.
+    """
+
+    @custom_vmap
+    def call(*args: Any) -> Any:
+        def counted(*shards: Any) -> Any:
+            token = _vmaps.set(vmaps)
+            try:
+                return body(*shards)
+            finally:
+                _vmaps.reset(token)
+
+        split = jax.shard_map(
+            counted, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return split(*args)
+
+    @call.def_vmap
+    def mapped(size: int, batched: Sequence[bool], *args: Any) -> tuple[Any, Any]:
+        del size
+        lead = next(jax.typeof(a).sharding.spec[0] for a, m in zip(args, batched) if m)
+        ins = tuple(
+            P(lead, *s) if m else s for s, m in zip(in_specs, batched, strict=True)
+        )
+        outs = jax.tree.map(
+            lambda s: P(lead, *s), out_specs, is_leaf=lambda s: isinstance(s, P)
+        )
+        inner = jax.vmap(body, in_axes=tuple(0 if m else None for m in batched))
+        result = region(inner, ins, outs, vmaps + 1)(*args)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return call
+
+
+def shard(layout: Layout, partition: P) -> NamedSharding:
+    """Returns the NamedSharding of `partition` on the layout's mesh."""
+    return NamedSharding(layout.mesh, partition)  # type: ignore[arg-type]
