@@ -34,7 +34,7 @@ def override(config: T, assignments: Sequence[str]) -> T:
     A path is dotted (`model.layers`), with numbers for elements of a tuple (`eval.sets.0.split`).
     A value is read by the type of its field: `3e-4`, `true`, `none`, `a,b`, `(1, 2)`. Where a field
     allows several classes, `field=ClassName` or `field.kind=ClassName` chooses one; fields that both
-    classes have keep their values.
+    classes have keep the values that are not the old class's default.
 
     Raises:
         ConfigError: a path that does not exist (the nearest is suggested), a value of another type,
@@ -55,7 +55,7 @@ def to_json(config: Any) -> Any:
         fields = {
             f.name: to_json(getattr(config, f.name)) for f in _fields(type(config))
         }
-        return {KIND: type(config).__name__, **fields}
+        return {KIND: kind(type(config)), **fields}
     if isinstance(config, tuple):
         return [to_json(item) for item in config]
     return config
@@ -97,16 +97,21 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
+def kind(cls: Any) -> str:
+    """Returns the name of a config class; one inside the class it builds has that one's name."""
+    return cls.__qualname__.removesuffix(".Config")
+
+
 def _classes(hint: Any) -> dict[str, type]:
     """The config classes a field may hold, by the name that `kind` gives them."""
-    return {c.__name__: c for c in _options(hint) if dataclasses.is_dataclass(c)}  # type: ignore[misc]
+    return {kind(c): c for c in _options(hint) if dataclasses.is_dataclass(c)}
 
 
 def _flatten(node: Any, hint: Any, path: str, leaves: dict[str, Any]) -> None:
     dot = f"{path}." if path else ""
     if dataclasses.is_dataclass(node):
         if len(_options(hint)) > 1:
-            leaves[f"{dot}{KIND}"] = type(node).__name__
+            leaves[f"{dot}{KIND}"] = kind(type(node))
         for f in _fields(type(node)):
             _flatten(
                 getattr(node, f.name),
@@ -140,7 +145,7 @@ def _assign(draft: dict[str, Any], cls: type, path: str, text: str) -> None:
             elif key not in {f.name for f in _fields(owner)}:
                 known = [f.name for f in _fields(owner)]
                 raise ConfigError(
-                    f"--set {path}: {here or 'the experiment'} ({owner.__name__}) has no field "
+                    f"--set {path}: {here or 'the experiment'} ({kind(owner)}) has no field "
                     f"{key!r}{nearest(key, known)} (fields: {', '.join(known)})"
                 )
             else:
@@ -151,7 +156,7 @@ def _assign(draft: dict[str, Any], cls: type, path: str, text: str) -> None:
             if key_of == KIND:
                 _switch(node, hint, text, path)
             elif text in _classes(hint):
-                node[key_of] = _keep(node[key_of], _classes(hint)[text])
+                node[key_of] = _keep(node[key_of], _classes(hint)[text], hint)
             else:
                 node[key_of] = to_json(_parse(text, hint, f"--set {path}={text}"))
         else:
@@ -173,18 +178,25 @@ def _switch(node: dict, hint: Any, name: str, path: str) -> None:
     if name not in _classes(hint):
         known = ", ".join(_classes(hint))
         raise ConfigError(f"--set {path}={name}: expected one of {known}")
-    chosen = _keep(node, _classes(hint)[name])
+    chosen = _keep(node, _classes(hint)[name], hint)
     node.clear()
     node.update(chosen)
 
 
-def _keep(old: Any, cls: type) -> dict[str, Any]:
-    """The JSON of `cls` with the values of fields that the old class had too."""
-    known = {f.name for f in _fields(cls)}
-    kept = {
-        k: v for k, v in (old if isinstance(old, dict) else {}).items() if k in known
+def _keep(old: Any, cls: type, hint: Any) -> dict[str, Any]:
+    """The JSON of `cls` with the values of `old`'s fields that it has too and that are not at the
+    default of the old class: a default of one class is no choice for another."""
+    if not isinstance(old, dict):
+        return {KIND: kind(cls)}
+    was = _classes(hint)[old[KIND]]
+    defaults = {
+        f.name: to_json(f.default)
+        for f in _fields(was)
+        if f.default is not dataclasses.MISSING
     }
-    return {KIND: cls.__name__, **kept}
+    known = {f.name for f in _fields(cls)}
+    kept = {k: v for k, v in old.items() if k in known and v != defaults.get(k, object())}
+    return {KIND: kind(cls), **kept}
 
 
 def _build(hint: Any, data: Any, path: str) -> Any:
@@ -200,7 +212,7 @@ def _build(hint: Any, data: Any, path: str) -> Any:
         known = {f.name for f in _fields(cls)}
         for key in data.keys() - known - {KIND}:
             raise ConfigError(
-                f"{path or 'config'}: {cls.__name__} has no field {key!r}{nearest(key, known)}"
+                f"{path or 'config'}: {kind(cls)} has no field {key!r}{nearest(key, known)}"
             )
         dot = f"{path}." if path else ""
         values = {
@@ -297,5 +309,5 @@ def _name(hint: Any) -> str:
         return " or ".join(_name(o) for o in _options(hint))
     if hint in (None, type(None)):
         return "none"
-    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    name = kind(hint) if isinstance(hint, type) else str(hint)
     return name.replace("typing.", "")

@@ -75,9 +75,11 @@ def texts(
         ConfigError: a prompt that is longer than the context or no text, or weights
             whose logits are not finite.
     """
+    if not prompts:
+        return []
     context = prog.experiment.data.length
     ids = [_encode(coder, i, prompt, context) for i, prompt in enumerate(prompts)]
-    longest = max(map(len, ids), default=0)
+    longest = max(map(len, ids))
     room = context + 1 - longest  # the last token is not read again
     if config.tokens > room:
         report(
@@ -154,7 +156,7 @@ def _sample(
     rows = Rows(*(reshard(a, P(*split[: a.ndim])) for a in rows))
     B, T = rows.tokens.shape
     M, S = config.tokens, slots(T, config.tokens)
-    cached = cache_tokens(rows.lengths, T, S, prog.experiment.data.length)
+    cached = cache_tokens(rows.lengths, T, S)
     keys_B = jax.vmap(functools.partial(_row_key, key))(rows.streams)
 
     def more(carry: Any) -> Array:
@@ -188,17 +190,15 @@ def slots(T: int, M: int) -> int:
     return -(-(T + M) // block) * block
 
 
-def cache_tokens(lengths_B: Int[Array, " B"], T: int, S: int, context: int) -> Tokens:
+def cache_tokens(lengths_B: Int[Array, " B"], T: int, S: int) -> Tokens:
     """Returns positions and segments of all slots: 0 before a prompt, else 1.
 
     Slots that are not written yet need no mark: their positions are later than any
-    query's.
+    query's. A row that has ended runs on beside the others, perhaps to positions beyond
+    a learned table, where indexing takes the last one.
     """
     place_BS = jnp.arange(S)[None] - (T - lengths_B)[:, None]
-    # A row that has ended runs on beside the others: it must not ask for positions that
-    # a learned table does not have.
-    positions_BS = jnp.clip(place_BS, 0, context - 1)
-    return Tokens(positions_BS, (place_BS >= 0).astype(jnp.int32))
+    return Tokens(jnp.maximum(place_BS, 0), (place_BS >= 0).astype(jnp.int32))
 
 
 def advance(

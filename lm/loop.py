@@ -120,6 +120,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
                 watch.mark("first step")
                 writer.write("startup", step + 1, watch.report())
                 terminal.print(watch.line())
+                log.restart()
             tokens = log.tokens
             done = step + 1
             if stop.asked(done):

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -100,6 +100,7 @@ class Throughput:
         return speed
 
 
+@runtime_checkable
 class Sink(Protocol):
     """What else takes each record: `terminal.Terminal`."""
 

@@ -235,7 +235,8 @@ def build(
     `update(grads, state, params, step=)` takes and returns nested dicts like the parameters, of any
     float dtype, sharded alike on an Explicit mesh; updates are float32. A leaf of the state that
     belongs to a parameter has its path as the end of its own, its rank, and its shape and sharding
-    but for axes of size 1. `jax.eval_shape(tx.init, params)` on a mesh gives the shardings.
+    but for axes of size 1; the others are scalar counts. `jax.eval_shape(tx.init, params)` on a
+    mesh gives the shardings (None for the counts).
 
     Args:
         optim: the config.

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-TRAIN = "#9aa5b1"
+TRAIN = "#7b8794"
 EVALS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182", "#2e4057")  # by set
 SPEED = "#30638e"
 INK = "#333333"
@@ -82,8 +82,9 @@ def _losses(axes: Any, train: Sequence[Mapping], evals: Sequence[Mapping]) -> No
 def _speed(axes: Any, train: Sequence[Mapping]) -> None:
     from matplotlib import ticker
 
-    axes.plot(*_curve(train, "tokens_per_second"), color=SPEED, linewidth=1.2)
-    axes.set_ylim(bottom=0)
+    steps, speeds = _curve(train, "tokens_per_second")
+    axes.plot(steps, speeds, color=SPEED, linewidth=1.2)
+    axes.set_ylim(0, 1.15 * max(speeds, default=1))
     axes.set_ylabel("tokens/s", color=INK)
     axes.set_xlabel("step", color=INK)
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -105,6 +106,10 @@ def _token_axis(axes: Any, step: int, tokens: int) -> None:
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Returns the mean of each value and of the `width` before and after it."""
-    windows = (values[max(i - width, 0) : i + width + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    """Returns the mean of each value and up to `width` on either side, as many on both."""
+    last = len(values) - 1
+    means = []
+    for i in range(len(values)):
+        half = min(width, i, last - i)  # so that the ends of a slope stay on it
+        means.append(sum(values[i - half : i + half + 1]) / (2 * half + 1))
+    return means

@@ -6,7 +6,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 _IMPORTED = time.perf_counter()
 
@@ -61,14 +61,15 @@ class Terminal:
     config) and may be piped. What is printed while the bar is up appears above it.
     """
 
-    def __init__(self, steps: int, step: int = 0, file: TextIO | None = None) -> None:
+    def __init__(self, steps: int, step: int = 0, *, primary: bool = True) -> None:
+        """Shows a run of `steps` steps, `step` of them done; mute unless `primary`."""
         from rich import console, progress
 
         self._steps = steps
         self._began: tuple[float, int] | None = None  # time and step of the first tick
-        self._console = console.Console(file=file or sys.stderr, highlight=False)
-        self._bar = None
-        if not self._console.is_interactive:
+        self._bar: Any = None
+        self._console = console.Console(stderr=True, highlight=False, quiet=not primary)
+        if not primary or not self._console.is_interactive:
             return
         columns = (
             progress.TextColumn("{task.description}"),
@@ -164,4 +165,4 @@ def process_start() -> float:
     except (OSError, AttributeError, ValueError, IndexError):
         return _IMPORTED
     start = time.perf_counter() - age
-    return start if 0 <= age and start <= _IMPORTED else _IMPORTED
+    return start if age >= 0 and start <= _IMPORTED else _IMPORTED

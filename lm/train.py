@@ -30,11 +30,11 @@ Metrics = dict[str, Array]
 class TrainState:
     """All that a step reads and writes; donated to it."""
 
-    step: Array  # int32[]: steps done
+    step: Any  # int32[]: steps done; any leaf may be abstract
     params: Params
     opt_state: Any
     ema: Params | None  # averaged parameters, where optim.ema asks for them
-    health: dict[str, Array]  # running statistics of losses and skipped steps
+    health: dict[str, Any]  # running statistics of losses and skipped steps
 
 
 jax.tree_util.register_dataclass(
@@ -82,11 +82,12 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
         ConfigError: a dimension that the mesh does not divide, or an optimizer that does not fit.
     """
     experiment.fit(layout)
+    key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use(layout):
-        build = functools.partial(_build, experiment.model)
-        abstract = jax.eval_shape(build, jax.random.key(0))
-        is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
-        leaves, _ = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_param)
+        abstract = jax.eval_shape(functools.partial(_build, experiment.model), key)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(
+            abstract, is_leaf=lambda x: isinstance(x, nnx.Param)
+        )
         params = {_path(keys): leaf for keys, leaf in leaves}
         axes = {
             path: ("layers",) * (len(p.shape) - len(p.axes)) + p.axes

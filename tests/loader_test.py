@@ -1,4 +1,4 @@
-"""Batches are ranges of examples, the same on any number of hosts, after any restart."""
+"""Batches are ranges of examples, the same on any number of hosts and restarts."""
 
 import functools
 import itertools
@@ -40,6 +40,18 @@ def equal(a, b):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_rows_need_not_be_cut_into_documents(tmp_path):
+    kinds = [data_in(tmp_path, isolate=isolate) for isolate in (True, False)]
+    parts = loader.stores(kinds[0], loader.tokenizer(kinds[0], 257))
+    apart, joined = (loader.examples(kind, parts, 0) for kind in kinds)
+    assert max(apart[i]["segments"].max() for i in range(40)) > 1
+    for i in range(40):
+        row = {**joined[i]}
+        assert (row.pop("segments") == 1).all()
+        assert row.pop("positions").tolist() == list(range(T))
+        equal(row, {name: apart[i][name] for name in row})
 
 
 def take(count, dataset, **options):

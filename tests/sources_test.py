@@ -1,4 +1,4 @@
-"""Sources give every document once, in order, and name what is wrong with a file; cleaning."""
+"""Sources give every document once, in order, and say what is wrong with a file."""
 
 import json
 import os

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -32,7 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lm import trees
-from lm.checkpoint import backend, files
+from lm.checkpoint import backend, record
 from lm.config import ConfigError
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str,
+        directory: str | os.PathLike[str],
         *,
         keep: int = 3,
         keep_period: int | None = None,
@@ -93,6 +94,7 @@ class Checkpoints:
         self._report = report
         self._damaged: dict[int, str] = {}
         self._saving: int | None = None  # the step being saved
+        self._newest: int | None = None  # of all steps there, once one was saved
         self._manager: Any = None
         if not read_only:
             self._require_writable()
@@ -113,7 +115,7 @@ class Checkpoints:
         step: int,
         arrays: trees.Tree,
         meta: Mapping[str, Any],
-        contents: Mapping[str, bytes],
+        files: Mapping[str, bytes],
     ) -> None:
         """Starts to save; returns when the arrays are copied to the host.
 
@@ -122,29 +124,31 @@ class Checkpoints:
         `<step>.damaged`, as they would stand in the way of new ones.
 
         Args:
-            step: the name of the checkpoint, larger than any saved before.
+            step: the name of the checkpoint. The newest one is not saved again.
             arrays: any tree of jax.Arrays.
             meta: what `json.dumps` takes.
-            contents: small files by their plain names.
+            files: small ones, by their plain names.
 
         Raises:
             CheckpointError: this save, or the one before, could not be written.
         """
         assert not self._read_only, "read-only checkpoints cannot be saved"
+        assert record.OWN.isdisjoint(files), f"files may not be named {record.OWN}"
         self.wait()
-        self._set_damaged_aside()
+        if not self._is_new(step):
+            return
         flat = trees.flatten(arrays)
         shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in flat.items()}
         digests = trees.digests(arrays)  # dispatched now, fetched in the background
-        texts = {files.META: files.to_json({"step": step, **meta}), **contents}
+        texts = {record.META: record.to_json({"step": step, **meta}), **files}
 
         def small_files() -> dict[str, bytes]:
-            return {**texts, files.ARRAYS: files.table(shapes, digests)}
+            return {**texts, record.ARRAYS: record.table(shapes, digests)}
 
         with self._failures(step):
             self._manager = self._manager or self._open()
             backend.start_save(self._manager, step, flat, small_files)
-        self._saving = step
+        self._saving = self._newest = step
 
     def wait(self) -> None:
         """Waits until what `save` started is published.
@@ -199,7 +203,7 @@ class Checkpoints:
         def read(step: int) -> tuple[trees.Tree, Run]:
             run, saved = self._read_run(step)
             where = f"{self._directory}/{step}"
-            files.require_same_tree(flat, saved, partial=partial, where=where)
+            record.require_same_tree(flat, saved, partial=partial, where=where)
             return trees.unflatten(self._read_arrays(step, flat, saved), target), run
 
         return self._first_whole(step, read)
@@ -223,30 +227,30 @@ class Checkpoints:
                 continue
             if damaged:
                 self._report(
-                    f"using checkpoint {newest} instead of {files.some(damaged)}"
+                    f"using checkpoint {newest} instead of {record.some(damaged)}"
                 )
             return result
         if damaged:
+            reasons = [f"{s} ({self._damaged[s]})" for s in damaged]
+            which = "every checkpoint" if step is None else "the checkpoint asked for"
             raise CheckpointError(
-                f"no whole checkpoint in {self._directory}: {files.some(damaged)} damaged"
-                f" ({self._damaged[damaged[0]]}); nothing was changed there; bring back a"
-                " copy of the files, or start in another directory"
+                f"{which} in {self._directory} is damaged: {record.some(reasons)};"
+                " nothing was changed there; bring back a copy of the files, or start in"
+                " another directory"
             )
         raise CheckpointError(
             f"no checkpoint{'' if step is None else f' {step}'} in {self._directory};"
-            f" there are: {files.some(self.steps()) or 'none'}"
+            f" there are: {record.some(self.steps()) or 'none'}"
         )
 
     def _read_run(self, step: int) -> tuple[Run, dict[str, Any]]:
         """Returns the run and the table of the arrays, checked against run/FILES."""
         directory, first = self._directory / str(step), jax.process_index() == 0
         texts = _in_every_process(
-            lambda: files.read_checked(directory, everything=first)
+            lambda: record.read_checked(directory, everything=first)
         )
-        meta, saved = (
-            json.loads(texts.pop(files.META)),
-            json.loads(texts.pop(files.ARRAYS)),
-        )
+        meta = json.loads(texts.pop(record.META))
+        saved = json.loads(texts.pop(record.ARRAYS))
         return Run(step, meta, texts), saved
 
     def _read_arrays(
@@ -261,7 +265,7 @@ class Checkpoints:
         digests = jax.device_get(trees.digests(arrays))
         wrong = [path for path in flat if int(digests[path]) != saved[path]["digest"]]
         if wrong:
-            raise _Damaged(f"not the values that were saved: {files.some(wrong)}")
+            raise _Damaged(f"not the values that were saved: {record.some(wrong)}")
         return arrays
 
     def _open(self) -> Any:
@@ -273,15 +277,28 @@ class Checkpoints:
             self._directory.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
             probe.unlink()
-        except OSError as error:
+        except (OSError, ImportError) as error:  # a URL may want a package
+            cause = getattr(error, "strerror", None) or record.one_line(error)
             raise ConfigError(
-                f"the checkpoint directory {self._directory} cannot be written"
-                f" ({error.strerror or error}); choose another, or change its permissions"
+                f"the checkpoint directory {self._directory} cannot be written ({cause});"
+                " choose another, or change its permissions"
             ) from None
 
+    def _is_new(self, step: int) -> bool:
+        """Is there no such checkpoint yet? Damaged ones are put out of the way."""
+        if self._damaged:
+            with self._failures(step):
+                self._set_damaged_aside()
+        if self._newest is None:
+            self._newest = max(self.steps(), default=-1)
+        if step < self._newest:
+            raise CheckpointError(
+                f"checkpoint {step} in {self._directory} would not be resumed from, as"
+                f" {self._newest} is there; move the newer ones away first"
+            )
+        return step > self._newest
+
     def _set_damaged_aside(self) -> None:
-        if not self._damaged:
-            return
         for step in self._damaged:
             source = self._directory / str(step)
             if jax.process_index() == 0 and source.exists():
@@ -303,12 +320,14 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._manager = None  # it keeps the error; the next save makes another
-            for half in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                half.rmtree(missing_ok=True)
+            # The manager keeps the error; the next save makes another.
+            self._manager = self._newest = None
+            if jax.process_index() == 0:
+                for half in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    half.rmtree(missing_ok=True)
             newest = max(self.steps(), default=None)
             rest = f"; the newest whole one is {newest}" if newest is not None else ""
-            cause = files.one_line(error)
+            cause = record.one_line(error)
             if _is_full(error):
                 cause = "no space left on the disk"
                 rest += "; free some, or set checkpoint.keep lower, and start again"
@@ -332,8 +351,8 @@ def _in_every_process(read: Callable[[], T]) -> T:
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError):  # not the fault of the files
         raise
-    except Exception as error:  # noqa: BLE001  damaged files raise almost anything
-        problem = files.one_line(error)
+    except Exception as error:  # damaged files raise almost anything
+        problem = record.one_line(error)
     if jax.process_count() > 1:
         failed = multihost_utils.process_allgather(np.bool_(problem))
         if failed.any() and not problem:

@@ -14,15 +14,20 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from lm import trees
-from lm.checkpoint import files
+from lm.checkpoint import record
 
-_CHUNK_BYTES = (
-    64 * 2**20
-)  # a reader on another mesh reads whole chunks: keep them small
-_SHARED_BYTES = 2**20
+_CHUNK_BYTES = 2**26  # of a file; a reader on another mesh reads whole chunks
+_SHARED_BYTES = (
+    2**20
+)  # of an array and a replica, from which replicas share the writing
 
 
 @functools.cache
@@ -34,11 +39,11 @@ def orbax() -> Any:
     """
     import orbax.checkpoint
 
-    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("absl").addFilter(lambda entry: "/orbax/" not in entry.pathname)
     # When one of several reads or writes fails, Orbax closes its event loop and drops the
     # others, each of which would then print a traceback of its own.
     logging.getLogger("asyncio").addFilter(
-        lambda record: not (record.exc_info and _in_orbax(record.exc_info[2]))
+        lambda entry: not (entry.exc_info and _in_orbax(entry.exc_info[2]))
     )
     print_it = sys.unraisablehook
 
@@ -58,11 +63,13 @@ def _in_orbax(trace: types.TracebackType | None) -> bool:
 
 def steps(directory: epath.Path) -> list[int]:
     """Returns the steps of the checkpoints that were published whole, in order."""
-    finalized = orbax().path.step.is_path_finalized
     if not directory.exists():
         return []
-    names = (path for path in directory.iterdir() if path.name.isdecimal())
-    return sorted(int(path.name) for path in names if finalized(path))
+    found = [path for path in directory.iterdir() if path.name.isdecimal()]
+    if not found:  # a new run need not wait for Orbax
+        return []
+    finalized = orbax().path.step.is_path_finalized
+    return sorted(int(path.name) for path in found if finalized(path))
 
 
 def open_manager(directory: epath.Path, keep: int, keep_period: int | None) -> Any:
@@ -79,7 +86,7 @@ def open_manager(directory: epath.Path, keep: int, keep_period: int | None) -> A
             "arrays": ocp.PyTreeCheckpointHandler(
                 use_compression=False, type_handler_registry=_array_types()
             ),
-            files.RUN: _files_handler()(),
+            record.RUN: _files_handler()(),
         },
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(preserve),
@@ -108,7 +115,7 @@ def start_save(
         args=ocp.args.Composite(
             **{
                 "arrays": ocp.args.PyTreeSave(nested, save_args=chunked),
-                files.RUN: _files_handler().Save(contents),
+                record.RUN: _files_handler().Save(contents),
             }
         ),
         force=True,
@@ -147,21 +154,22 @@ def read_arrays(
 def with_real_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     """Returns the abstract leaf with a sharding over real devices, as Orbax wants it.
 
-    A sharding over an abstract mesh is bound to the mesh in use; a leaf without one goes
-    to the first device.
+    A sharding over an abstract mesh is bound to the mesh in use, a leaf without a
+    sharding is put on all of its devices, or without such a mesh on the first device.
 
     Raises:
         ValueError: the mesh in use has other axes than the sharding.
     """
-    sharding = getattr(leaf, "sharding", None)
+    sharding, mesh = getattr(leaf, "sharding", None), jax.sharding.get_mesh()
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
-        mesh = jax.sharding.get_mesh()
-        if mesh.shape_tuple != sharding.mesh.shape_tuple:
+        if sharding.mesh.shape_tuple != mesh.shape_tuple:
             raise ValueError(
-                f"the target is sharded over {dict(sharding.mesh.shape)}, but the mesh in"
-                f" use is {dict(mesh.shape)}; restore inside jax.set_mesh(...)"
+                f"the target is sharded over {dict(sharding.mesh.shape)}, but the mesh"
+                f" in use is {dict(mesh.shape)}; restore inside jax.set_mesh(...)"
             )
         sharding = None if mesh.empty else NamedSharding(mesh, sharding.spec)
+    if sharding is None and not mesh.empty:
+        sharding = NamedSharding(mesh, PartitionSpec())
     if sharding is None:
         sharding = SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -171,7 +179,6 @@ def _array_types() -> Any:
     """Returns how Orbax writes and reads arrays; no other type is taken."""
     types = orbax().type_handlers
     handler = types.ArrayHandler(
-        # Replicas share the work of writing an array if it is worth a slicing program.
         min_slice_bytes_for_replica_parallel=_SHARED_BYTES,
         enable_write_sharding_file=False,  # a checkpoint knows no mesh
     )
@@ -198,7 +205,7 @@ def _files_handler() -> Any:
                     (directory / name).write_bytes(data)
 
         def finalize(self, directory: epath.Path) -> None:
-            files.write_list(directory)  # the arrays are complete by now
+            record.write_list(directory)  # the arrays are complete by now
 
         def save(self, *args: Any, **kwargs: Any) -> None:
             raise NotImplementedError("written in the background only")

@@ -21,6 +21,8 @@ import unicodedata
 _LINE_END = re.compile("\r\n?|[\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Any of them; most documents have none, and to look once is 3 times faster.
+_ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\u2028\u2029\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,14 @@ class Cleaning:
 
     def clean(self, text: str) -> str:
         """Returns the cleaned text, "" where nothing but white space is left."""
-        if self.line_ends:
-            text = _LINE_END.sub("\n", text)
-        if self.control:
-            text = _CONTROL.sub("", text)
-        if not text.isascii():
+        if _ODD.search(text):
+            if self.line_ends:
+                text = _LINE_END.sub("\n", text)
+            if self.control:
+                text = _CONTROL.sub("", text)
             text = _SURROGATE.sub("\ufffd", text)
-            if self.nfc:
-                text = unicodedata.normalize("NFC", text)
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
         return "" if text.isspace() else text
 
 

@@ -42,16 +42,12 @@ Batch: TypeAlias = dict[str, np.ndarray]
 class Data:
     """Which text, how it becomes tokens, and how tokens become examples."""
 
-    source: tuple[
-        str, ...
-    ]  # each tfds:NAME[/CONFIG][#FIELD], text:GLOB or jsonl:GLOB#FIELD
+    source: tuple[str, ...]  # tfds:NAME[/CONFIG][#FIELD], text:GLOB, jsonl:GLOB#FIELD
     weights: tuple[float, ...] = ()  # of the sources, in examples; () goes by size
     split: str = "train"
     length: int = 1024  # tokens of an example
     packing: Literal["windows", "documents"] = "windows"
-    isolate: bool = (
-        True  # attention stays within a document; False: a row is one segment
-    )
+    isolate: bool = True  # attention stays in a document; False: a row is one segment
     tokenizer: Bytes | SentencePiece = SentencePiece()
     cleaning: Cleaning = Cleaning()
     holdout: float = 0.01  # fraction of text and jsonl documents in "validation"
@@ -266,9 +262,7 @@ class _Batches(grain.MapDataset):
         self._sizes = sizes if callable(sizes) else lambda _: sizes
         self._rows = rows
         self._step = step
-        self._firsts = [
-            start
-        ]  # first example of each batch, as far as they were asked for
+        self._firsts = [start]  # first example of each batch, as far as asked for
         self._lock = threading.Lock()
         self._end = len(dataset)
         self._length = sys.maxsize
@@ -297,7 +291,8 @@ class _Batches(grain.MapDataset):
         if blank:
             zeros = {k: np.zeros_like(v) for k, v in self._dataset[0].items()}
             parts += [zeros] * blank
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        # np.array is three times as fast as np.stack here.
+        return {name: np.array([part[name] for part in parts]) for name in parts[0]}
 
 
 def local_rows(

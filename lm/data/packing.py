@@ -179,17 +179,19 @@ class Packed(_Rows):
         names = ("tokens", "targets", "segments", "positions")
         row: Row = {name: np.zeros(self.length, np.int32) for name in names}
         row["weights"] = np.zeros(self.length, np.float32)
-        at = 0
-        for segment, (start, count) in enumerate(pieces, 1):
-            stream = self.store.read(start, count + 1)
-            end = at + count
-            row["tokens"][at:end] = stream[:-1]
-            row["targets"][at:end] = stream[1:]
-            row["segments"][at:end] = segment
-            row["positions"][at:end] = self._ramp[:count]
-            at = end
-        row["weights"][:at] = 1
-        row["bytes"] = self.store.token_bytes[row["targets"][:at]].sum(dtype=np.int32)
+        streams = [self.store.read(start, count + 1) for start, count in pieces]
+        counts = np.array([count for _, count in pieces], np.int64)
+        used = int(counts.sum())
+        if used:  # a row may be all padding
+            np.concatenate([s[:-1] for s in streams], out=row["tokens"][:used])
+            np.concatenate([s[1:] for s in streams], out=row["targets"][:used])
+            segments = np.arange(1, len(pieces) + 1, dtype=np.int32)
+            begins = (np.cumsum(counts) - counts).astype(np.int32)
+            row["segments"][:used] = segments.repeat(counts)
+            row["positions"][:used] = self._ramp[:used] - begins.repeat(counts)
+            row["weights"][:used] = 1
+        scored = row["targets"][:used]
+        row["bytes"] = self.store.token_bytes[scored].sum(dtype=np.int32)
         return row
 
 

@@ -51,6 +51,8 @@ class Case:
         if implementation == "cudnn":
             if self.platform != "gpu":
                 return f"it needs an NVIDIA GPU, this is {self.platform}"
+            if (capability := _capability()) < 8:
+                return f"it needs an NVIDIA GPU of compute capability 8, here it is {capability:g}"
             if self.dtype not in ("bfloat16", "float16"):
                 return f"it computes in bfloat16 or float16, not {self.dtype}"
             if self.packed:
@@ -127,7 +129,7 @@ def attend(
         mask=mask,
     )
     chosen = case.choose(implementation)
-    body = functools.partial(_local, chosen, mask, case.block())
+    body = functools.partial(_local, chosen, case)
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
     kv_spec = sharding.spec("batch", "length", "kv_heads", None)
     tokens = sharding.spec("batch", "length")
@@ -148,19 +150,26 @@ def attend(
     return out[0], out[1] if lse else None
 
 
-def _local(implementation, mask, block, q, k, v, q_pos, q_seg, kv_pos, kv_seg):
+def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg):
     """Attention on one device; returns the output, and the log-sum-exp if there is one."""
-    q_tokens, kv_tokens = Tokens(q_pos, q_seg), Tokens(kv_pos, kv_seg)
+    mask, q_tokens, kv_tokens = case.mask, Tokens(q_pos, q_seg), Tokens(kv_pos, kv_seg)
     if implementation == "einsum":
-        return quadratic.attention(mask, q, k, v, q_tokens, kv_tokens)
+        return quadratic.attention(mask, case.packed, q, k, v, q_tokens, kv_tokens)
     if implementation == "blockwise":
-        return blockwise.attention(mask, block, q, k, v, q_tokens, kv_tokens)
+        return blockwise.attention(mask, case.block(), q, k, v, q_tokens, kv_tokens)
     B, T, K, G, H = q.shape
     q = q.reshape(B, T, K * G, H)
     if implementation == "cudnn":
         out, lse = _cudnn(mask, q, k, v)
         return out.reshape(B, T, K, G, H), lse.reshape(B, K, G, T)
     return (_splash(mask, q, k, v, q_seg, kv_seg).reshape(B, T, K, G, H),)
+
+
+def _capability() -> float:
+    """Compute capability of the GPU that this process has; 0 without one."""
+    if jax.default_backend() != "gpu":
+        return 0.0
+    return float(getattr(jax.local_devices()[0], "compute_capability", 0))
 
 
 def _cudnn(mask, q, k, v):

@@ -10,11 +10,13 @@ for one block. Everything here is local to a device.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 NEG = (
     -1e30
@@ -38,14 +40,14 @@ class Mask:
 class Tokens:
     """Positions and segments of a row of tokens; a token sees only its own segment."""
 
-    positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
+    positions: Any  # int [B, T]; Any, for a leaf of a tree may be any placeholder
+    segments: Any  # int [B, T]
 
 
 jax.tree_util.register_dataclass(Tokens, ["positions", "segments"], [])
 
 
-def visible(mask: Mask, q: Tokens, kv: Tokens) -> jax.Array:
+def visible(mask: Mask, q: Tokens, kv: Tokens) -> jax.Array | np.ndarray:
     """Returns [B, T, S], true where the query may see the key."""
     seen = q.segments[:, :, None] == kv.segments[:, None, :]
     distance = q.positions[:, :, None] - kv.positions[:, None, :]
@@ -60,7 +62,7 @@ def visible(mask: Mask, q: Tokens, kv: Tokens) -> jax.Array:
 
 def scores(
     mask: Mask, q_BTKGH: Array, k_BSKH: Array, seen_BTS: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | float]:
     """Returns masked fp32 scores [B, K, G, T, S] and the derivative of the soft cap in them."""
     s = jnp.einsum(
         "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
@@ -96,7 +98,7 @@ def attention(
 
 def _span(
     mask: Mask, i: Array, block: int, count: int, *, keys: bool
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | float]:
     """The range of key blocks that query block i needs, or of query blocks that key block i does."""
     lo, hi = jnp.zeros_like(i), jnp.full_like(i, count)
     if mask.ordered and mask.causal:

@@ -44,9 +44,9 @@ class Mlp(nnx.Module):
         self.down_fd = param(rngs, (F, dim), ("mlp", "embed"), out_std)
         if config.bias:
             if config.activation != "gelu":
-                self.gate_bias_f = param(rngs, (F,), ("mlp",), 0)
-            self.up_bias_f = param(rngs, (F,), ("mlp",), 0)
-            self.down_bias_d = param(rngs, (dim,), ("norm",), 0)
+                self.gate_bias_f = param(rngs, (F,), ("mlp",), 0.0)
+            self.up_bias_f = param(rngs, (F,), ("mlp",), 0.0)
+            self.down_bias_d = param(rngs, (dim,), ("norm",), 0.0)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         h_BTF = self._hidden(x_BTD)

@@ -70,24 +70,28 @@ def _unmoved(
     return list(sharding.spec(*(a if a != "kv_heads" or fits else None for a in axes)))
 
 
-def einsum(
-    subscripts: str, x: jax.Array, w: jax.Array, out: P | None = None
-) -> jax.Array:
-    """Returns `jnp.einsum(subscripts, x, w, out_sharding=out)`.
+def einsum(subscripts: str, x: jax.Array, w: jax.Array, out: P | None = None) -> jax.Array:
+    """Returns `jnp.einsum(subscripts, x, w, out_sharding=out)` of activations and a weight.
 
-    On CPU the backward stands behind an optimization barrier: there XLA fuses elementwise work and
-    transposes into the operands of the weight gradient's product, which then misses the fast
-    matrix routine. Accelerators want that fusion and get no barrier.
+    The last axes of x are contracted with the first of w. On CPU the backward stands behind an
+    optimization barrier: there XLA fuses elementwise work and transposes into the operands of the
+    weight gradient's product, which then misses the fast matrix routine; so do products of more
+    than two axes, which one device flattens. Accelerators want that fusion and get neither.
     """
-    if sharding.current().platform != "cpu":
+    layout = sharding.current()
+    if layout.platform != "cpu":
         return jnp.einsum(subscripts, x, w, out_sharding=out)
-    return _einsum_cpu(subscripts, out, x, w)
+    if layout.mesh.size > 1:
+        return _einsum_cpu(subscripts, out, x, w)
+    left, right = subscripts.split("->")[0].split(",")
+    shared = sum(letter in left for letter in right)
+    lead, rest = x.shape[: x.ndim - shared], w.shape[shared:]
+    x_MC, w_CN = x.reshape(math.prod(lead), -1), w.reshape(-1, math.prod(rest))
+    return _einsum_cpu("mc,cn->mn", None, x_MC, w_CN).reshape(*lead, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum_cpu(
-    subscripts: str, out: P | None, x: jax.Array, w: jax.Array
-) -> jax.Array:
+def _einsum_cpu(subscripts: str, out: P | None, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, x, w, out_sharding=out)
 
 

@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -19,11 +20,13 @@ from lm import sharding
 from lm.nn.blockwise import NEG, Mask, Tokens, cap, visible
 
 PARTS = 2  # into which the queries of a causal row are cut
+EXACT = {"preferred_element_type": jnp.float32}  # sums of products in fp32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(
     mask: Mask,
+    packed: bool,
     q_BTKGH: Float[Array, "B T K G H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
@@ -32,9 +35,10 @@ def attention(
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"]]:
     """Returns the attention output and the log-sum-exp of each query's scores (fp32).
 
-    A query that sees no key gives 0 and a log-sum-exp of about -1e30.
+    `packed=False` promises that every row is one segment at positions 0, 1, 2, …. A query that sees
+    no key gives 0 and a log-sum-exp of about -1e30.
     """
-    return _fwd(mask, q_BTKGH, k_BSKH, v_BSKH, q_tokens, kv_tokens)[0]
+    return _fwd(mask, packed, q_BTKGH, k_BSKH, v_BSKH, q_tokens, kv_tokens)[0]
 
 
 def _parts(mask: Mask, T: int, S: int) -> list[tuple[int, int, int, int]]:
@@ -46,77 +50,78 @@ def _parts(mask: Mask, T: int, S: int) -> list[tuple[int, int, int, int]]:
 
 
 def _heads(x: Array) -> Array:
-    """[B, T, K, ..., H] → [B K, ... T, H]: heads lead, the rest is rows of one matrix."""
-    B, T, K, H = x.shape[0], x.shape[1], x.shape[2], x.shape[-1]
-    return jnp.moveaxis(x, 1, -2).reshape(B * K, -1, H)
+    """[B, T, K, H] or [B, T, K, G, H] → [B K, T, H] or [B K, G, T, H]."""
+    x = jnp.moveaxis(x, 1, -2)
+    return x.reshape(-1, *x.shape[2:])
 
 
-def _rows(x: Array, like: Array) -> Array:
+def _tokens(x: Array, batch: int) -> Array:
     """The inverse of `_heads`."""
-    B, T, K, *G, H = like.shape
-    return jnp.moveaxis(x.reshape(B, K, *G, T, H), -2, 1)
+    return jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), -2, 1)
 
 
-def _seen(mask: Mask, q_tokens: Tokens, kv_tokens: Tokens, part, K: int, G: int) -> Array:
-    """[B K, G t, s], true where the query may see the key."""
+def _cut(x_XGTH: Array, t0: int, t1: int) -> Array:
+    """Rows t0 to t1 of every head, the heads of a group as rows of one matrix: [X, G t, H]."""
+    return x_XGTH[:, :, t0:t1].reshape(x_XGTH.shape[0], -1, x_XGTH.shape[-1])
+
+
+def _hidden(mask: Mask, packed: bool, q_tokens: Tokens, kv_tokens: Tokens, part) -> Array:
+    """[B, 1, 1, t, s] (B is 1 where all rows are alike): 0 where the query sees the key, or NEG."""
     t0, t1, s0, s1 = part
-    q = Tokens(q_tokens.positions[:, t0:t1], q_tokens.segments[:, t0:t1])
-    kv = Tokens(kv_tokens.positions[:, s0:s1], kv_tokens.segments[:, s0:s1])
-    seen = visible(mask, q, kv)
-    B, t, s = seen.shape
-    return jnp.broadcast_to(seen[:, None, None], (B, K, G, t, s)).reshape(B * K, G * t, s)
+    if packed or not mask.ordered:
+        q = Tokens(q_tokens.positions[:, t0:t1], q_tokens.segments[:, t0:t1])
+        kv = Tokens(kv_tokens.positions[:, s0:s1], kv_tokens.segments[:, s0:s1])
+    else:
+        one = np.zeros((1, max(t1, s1)), np.int32)
+        row = np.arange(one.size, dtype=np.int32)[None]
+        q, kv = Tokens(row[:, t0:t1], one[:, t0:t1]), Tokens(row[:, s0:s1], one[:, s0:s1])
+    return jnp.where(visible(mask, q, kv), 0.0, NEG)[:, None, None]
 
 
-def _fwd(mask, q, k, v, q_tokens, kv_tokens):
+def _fwd(mask, packed, q, k, v, q_tokens, kv_tokens):
     B, T, K, G, H = q.shape
-    kx, vx = _heads(k), _heads(v)
+    qx, kx, vx = _plain((_heads(q), _heads(k), _heads(v)))
     outs, lses, saved = [], [], []
     for part in _parts(mask, T, k.shape[1]):
         t0, t1, s0, s1 = part
-        s = jnp.einsum(
-            "xth,xsh->xts", _heads(q[:, t0:t1]), kx[:, s0:s1],
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        s = jnp.einsum("xth,xsh->xts", _cut(qx, t0, t1), kx[:, s0:s1], **EXACT)
         s, _ = cap(mask.softcap, s * mask.scale)
-        seen = _seen(mask, q_tokens, kv_tokens, part, K, G)
-        s = jnp.where(seen, s, NEG)
-        top = s.max(-1, keepdims=True)
-        p = jnp.where(seen, jnp.exp(s - top), 0)
-        norm = jnp.maximum(p.sum(-1, keepdims=True), 1e-30)
-        p = (p / norm).astype(v.dtype)
-        out = jnp.einsum("xts,xsh->xth", _plain(p), vx[:, s0:s1])
-        outs.append(_rows(out, q[:, t0:t1]))
+        hidden = _hidden(mask, packed, q_tokens, kv_tokens, part)
+        s = (s.reshape(B, K, G, t1 - t0, s1 - s0) + hidden).reshape(s.shape)
+        top = jnp.maximum(s.max(-1, keepdims=True), 0.5 * NEG)  # so that exp gives 0 if all hide
+        e = jnp.exp(s - top)
+        norm = jnp.maximum(e.sum(-1, keepdims=True), 1e-30)
+        p = _plain((e / norm).astype(v.dtype))
+        outs.append(jnp.einsum("xts,xsh->xth", p, vx[:, s0:s1]).reshape(B * K, G, -1, H))
         lses.append((top + jnp.log(norm)).reshape(B, K, G, t1 - t0))
         saved.append(p)
-    out, lse = jnp.concatenate(outs, 1), jnp.concatenate(lses, 3)
+    out, lse = _tokens(jnp.concatenate(outs, 2), B), jnp.concatenate(lses, 3)
     return (out, lse), (q, k, v, out, lse, saved)
 
 
-def _bwd(mask, residuals, cotangents):
+def _bwd(mask, packed, residuals, cotangents):
     q, k, v, out, lse, saved = residuals
     g, g_lse = cotangents
     B, T, K, G, H = q.shape
-    kx, vx = _heads(k), _heads(v)
+    qx, kx, vx, gx = _plain(tuple(map(_heads, (q, k, v, g))))
     # d s = p * (d p - delta), and the log-sum-exp's own cotangent enters as -delta does.
-    both = g.astype(jnp.float32) * out.astype(jnp.float32)
-    delta = jnp.einsum("btkgh->bkgt", both) - g_lse
+    both = _heads(out).astype(jnp.float32) * gx.astype(jnp.float32)
+    delta = both.sum(-1) - g_lse.reshape(B * K, G, T)
     dq, dk, dv = [], jnp.zeros(kx.shape, jnp.float32), jnp.zeros(vx.shape, jnp.float32)
     for p, (t0, t1, s0, s1) in zip(saved, _parts(mask, T, k.shape[1]), strict=True):
-        qx, gx = _heads(q[:, t0:t1]), _heads(g[:, t0:t1])
-        exact = {"preferred_element_type": jnp.float32}
-        dp = jnp.einsum("xth,xsh->xts", gx, vx[:, s0:s1], **exact)
-        d = delta[..., t0:t1].reshape(B * K, -1, 1)
+        qt, gt = _cut(qx, t0, t1), _cut(gx, t0, t1)
+        dp = jnp.einsum("xth,xsh->xts", gt, vx[:, s0:s1], **EXACT)
         p32 = p.astype(jnp.float32)
-        ds = p32 * (dp - d) * mask.scale
+        ds = p32 * (dp - delta[:, :, t0:t1].reshape(B * K, -1, 1)) * mask.scale
         if mask.softcap is not None:  # the capped score again, from p = exp(s - lse)
             s = jnp.log(jnp.maximum(p32, 1e-30)) + lse[..., t0:t1].reshape(B * K, -1, 1)
-            ds = ds * (1 - (s / mask.softcap) ** 2)
-        ds, p, qx, gx = _plain((ds.astype(q.dtype), p, qx, gx))
-        dq.append(_rows(jnp.einsum("xts,xsh->xth", ds, kx[:, s0:s1]), q[:, t0:t1]))
-        dk = dk.at[:, s0:s1].add(jnp.einsum("xts,xth->xsh", ds, qx, **exact))
-        dv = dv.at[:, s0:s1].add(jnp.einsum("xts,xth->xsh", p, gx, **exact))
-    dk, dv = (_rows(d, k).astype(k.dtype) for d in (dk, dv))
-    return jnp.concatenate(dq, 1), dk, dv, None, None
+            ds = ds * jnp.where(p32 > 0, 1 - (s / mask.softcap) ** 2, 0)
+        ds = _plain(ds.astype(q.dtype))
+        dq.append(jnp.einsum("xts,xsh->xth", ds, kx[:, s0:s1]).reshape(B * K, G, -1, H))
+        dk = dk.at[:, s0:s1].add(jnp.einsum("xts,xth->xsh", ds, qt, **EXACT))
+        dv = dv.at[:, s0:s1].add(jnp.einsum("xts,xth->xsh", p, gt, **EXACT))
+    dk, dv = (_tokens(d, B).astype(k.dtype) for d in (dk, dv))
+    return _tokens(jnp.concatenate(dq, 2), B), dk, dv, None, None
 
 
 def _plain(x):

@@ -14,6 +14,7 @@ RUN = "run"  # the folder of the small files
 META = "meta.json"
 ARRAYS = "arrays.json"
 FILES = "FILES"
+OWN = frozenset((META, ARRAYS, FILES))
 _NOT_LISTED = (FILES, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax's, not read
 _HASHED_BYTES = 2**20  # larger files outside run/ hold arrays, which have digests
 

@@ -1,0 +1,77 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# make setup PYTHON=/path/to/python3.12 chooses the interpreter; else the first that fits.
+PYTHON ?= python3.13 python3.12 python3.11 python3 python
+VENV ?= .venv
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+.PHONY: help setup train test check lint types bench bench-gpu golden docs clean
+
+help:  ## list what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## make .venv and install everything (PYTHON=, EXTRAS= choose)
+	@:
+
+$(STAMP): pyproject.toml
+	@if ! $(BIN)/python -c '$(FITS)' 2>/dev/null; then \
+	  for python in $(PYTHON) none; do \
+	    if $$python -c '$(FITS)' 2>/dev/null; then break; fi; \
+	  done; \
+	  if [ $$python = none ]; then \
+	    echo "make setup: no Python 3.11 to 3.13 with venv among: $(PYTHON)." \
+	      "Install one (on Debian with python3-venv) or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+	    exit 2; \
+	  fi; \
+	  $$python -m venv --clear $(VENV); \
+	fi
+	@extras=dev; \
+	if driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then \
+	  driver=$${driver%%.*}; \
+	  if [ "$${driver:-0}" -ge 580 ] 2>/dev/null; then extras=dev,cuda; else extras=dev,cuda12; fi; \
+	elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then \
+	  if grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor; then extras=dev,tpu; fi; \
+	fi; \
+	extras=$${EXTRAS:-$$extras}; \
+	echo "installing lm[$$extras] into $(VENV) with $$($(BIN)/python --version) (minutes the first time)"; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[$$extras]"
+	@touch $@
+
+train: setup  ## train experiments/shakespeare.py in runs/shakespeare
+	@$(BIN)/python -m lm.main --experiment=shakespeare --workdir=runs/shakespeare $(ARGS)
+
+test: setup  ## run the test suite on 8 emulated CPU devices
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist=worksteal $(ARGS)
+
+check: lint types test  ## what CI runs: lint, types, tests, golden files among them
+
+lint: setup  ## ruff: rules and format
+	@$(BIN)/ruff check -q
+	@$(BIN)/ruff format -q --check
+
+types: setup  ## pyright over lm and experiments
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: setup  ## the benchmarks of benchmarks/RESULTS.md that a CPU can run
+	@$(BIN)/python -m benchmarks
+
+bench-gpu: setup  ## those that need a GPU
+	@$(BIN)/python -m benchmarks --gpu
+
+golden: setup  ## write tests/golden anew; look at the difference before you commit it
+	@$(BIN)/python -m pytest -q tests/golden_test.py --update-golden
+	@git --no-pager diff --stat -- tests/golden
+
+docs: setup  ## an HTML reference of lm in build/docs
+	@JAX_PLATFORMS=cpu $(BIN)/pdoc --output-directory build/docs lm
+	@echo "build/docs/index.html"
+
+clean:  ## remove .venv, caches and build; runs/ stays
+	@rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache build dist
+	@find . -name __pycache__ -not -path './.venv*' -not -path './runs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""What every test runs under: eight emulated CPU devices, checked types, a warm cache."""
+
+import os
+import pathlib
+import re
+from collections.abc import Callable
+
+import jaxtyping
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = ROOT / ".cache" / "jax"
+GOLDEN = ROOT / "tests" / "golden"
+DEVICES = 8
+
+# Before any module of lm is imported: shapes and types of its functions are checked.
+jaxtyping.install_import_hook("lm", "typecheck.checked")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="run each test function once, with the first of its parameters",
+    )
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write tests/golden anew instead of comparing with it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets jax up before a test module can start a backend."""
+    on_gpu = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or "")
+    if not on_gpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, too
+    import jax
+
+    if not on_gpu:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", DEVICES)
+        os.environ["XLA_FLAGS"] = " ".join(_flags(jax.__version_info__))
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _flags(version: tuple[int, ...]) -> list[str]:
+    """XLA's options for the CPU that compile thrice as fast and run slower."""
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    if version < (0, 11):  # later versions do not know it
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return flags
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if not config.getoption("--quick"):
+        return
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
+    """Returns `stored(name, text)`: what tests/golden/NAME holds.
+
+    With --update-golden it writes `text` there first; `make golden` does that.
+    """
+
+    def stored(name: str, text: str) -> str:
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"{path} is missing: run `make golden`"
+        return path.read_text(encoding="utf-8")
+
+    return stored
