@@ -1,12 +1,12 @@
 """The small GPT as one hand-written JAX step: the fastest we know on a CPU.
 
-No framework: weights are a flat dict, layers are unrolled, and the backward pass of each
-part that XLA's CPU backend compiles badly is written out:
+No framework: weights are a flat dict, layers are unrolled, and the backward pass of
+each part that XLA's CPU backend compiles badly is written out:
 
-* `matmul` puts a barrier before its gradient products, else the transpose and elementwise
-  work are fused into their operands and the library product is lost;
-* `attention` is head-major, keeps the probabilities, and takes the queries in two halves,
-  so that a quarter of the causal square is never computed;
+* `matmul` puts a barrier before its gradient products, else the transpose and
+  elementwise work are fused into their operands and the library product is lost;
+* `attention` is head-major, keeps the probabilities, and takes the queries in two
+  halves, so that a quarter of the causal square is never computed;
 * `layer_norm` keeps mean and inverse deviation instead of recomputing through autodiff;
 * `cross_entropy` computes its gradients in the forward pass, one chunk of tokens at a
   time, so that logits exist once and only for a chunk.
@@ -123,7 +123,7 @@ def cross_entropy(x_MD: jax.Array, w_VD: jax.Array, target_M: jax.Array) -> jax.
 
 def _cross_entropy_fwd(x_MD, w_VD, target_M):
     M, V = x_MD.shape[0], w_VD.shape[0]
-    loss, dw_VD, dx = 0.0, 0.0, []
+    loss, dw_VD, dx = jnp.float32(0), jnp.zeros_like(w_VD), []
     for first in range(0, M, CHUNK):
         x_CD = x_MD[first : first + CHUNK]
         target_C1 = target_M[first : first + CHUNK, None]
@@ -185,7 +185,7 @@ def adamw(gpt: small.Gpt, state: tuple, gradients: Tree) -> tuple:
 
 
 def loss_and_gradients(gpt: small.Gpt, weights: small.Tree) -> tuple[float, small.Tree]:
-    """Returns the loss and every gradient of `small.batch`, for comparing contestants."""
+    """Returns the loss and every gradient of `small.batch`, to compare contestants."""
     tokens, targets = small.batch(gpt)
     value = jax.jit(jax.value_and_grad(functools.partial(loss, gpt)))
     total, gradients = value(jax.tree.map(jnp.asarray, weights), tokens, targets)

@@ -1,9 +1,9 @@
-"""The small GPT that every contestant trains: sizes, initial weights and one batch, in numpy.
+"""The small GPT that every contestant trains: sizes, weights and a batch, in numpy.
 
 Letters: B batch, T length, D embed, N heads, H head dim, F mlp, V vocab, L layers.
 GPT-2 without biases: learned positions, pre-LayerNorm (scale only), GELU (tanh), tied
-head, no dropout; mean cross-entropy; gradients clipped by their global norm; AdamW whose
-decay spares the norms. Imports neither jax nor torch, so each contestant starts alone.
+head, no dropout; mean cross-entropy; gradients clipped by their global norm; AdamW
+whose decay spares the norms. Imports neither jax nor torch.
 """
 
 import dataclasses

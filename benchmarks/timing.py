@@ -3,16 +3,17 @@
     python -m benchmarks.timing bare=benchmarks.bare:factory \
         eager=benchmarks.torch_gpt:eager --rounds 10
 
-A contestant is `NAME=MODULE:FUNCTION`. FUNCTION takes nothing and returns `step()`: it
-does one unit of work, waits for it, and returns a float that is printed as proof of work
-(a loss). Each runs in a process of its own, so that thread pools and allocators do not
-disturb each other; the parent hands out one step at a time, round by round, in an order
-that reverses every round. So load on the machine and its slow drift meet all alike.
+A contestant is `NAME=MODULE:FUNCTION`. FUNCTION takes nothing and returns `step()`:
+it does one unit of work, waits for it, and returns a float as proof of work (a loss).
+Each runs in a process of its own, so that thread pools and allocators do not disturb
+each other; the parent hands out one step at a time, round by round, in an order that
+reverses every round. So load on the machine and its slow drift meet all alike.
 
 Reported: CPU seconds (user and system, of all threads) and wall seconds, minimum and
 median over the rounds; ratios are speeds against the first contestant, of minimum CPU
-time and as the median over the rounds of the paired CPU ratio. Wall time counts where the
-machine is idle, CPU time where it is not (a pool that spins while it waits pays for it).
+time and as the median over the rounds of the paired CPU ratio. Wall time counts where
+the machine is idle, CPU time where it is not. A thread pool that spins while it waits
+pays for that in CPU time: on a busy machine set OMP_WAIT_POLICY=passive.
 """
 
 import argparse
@@ -139,7 +140,7 @@ def run(
 
 
 def summary(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
-    """Returns, for each contestant, minima, medians and speeds against the first one."""
+    """Returns minima, medians and speeds against the first, for each contestant."""
     first = next(iter(timings.values()))
     rows = {}
     for name, t in timings.items():
@@ -162,7 +163,7 @@ def summary(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the summary as a Markdown table, seconds and speed ratios."""
-    keys = [key for key in next(iter(rows.values()))]
+    keys = list(next(iter(rows.values())))
     lines = ["| contestant | " + " | ".join(k.replace("_", " ") for k in keys) + " |"]
     lines.append("|---" * (len(keys) + 1) + "|")
     for name, row in rows.items():
@@ -173,7 +174,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses `NAME=MODULE:FUNCTION ...`, runs the contest and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Interleaved timing of contestants.")
     parser.add_argument("contestants", nargs="+", metavar="NAME=MODULE:FUNCTION")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=600.0, help="stop after these")

@@ -195,7 +195,9 @@ def _keep(old: Any, cls: type, hint: Any) -> dict[str, Any]:
         if f.default is not dataclasses.MISSING
     }
     known = {f.name for f in _fields(cls)}
-    kept = {k: v for k, v in old.items() if k in known and v != defaults.get(k, object())}
+    kept = {
+        k: v for k, v in old.items() if k in known and v != defaults.get(k, object())
+    }
     return {KIND: kind(cls), **kept}
 
 

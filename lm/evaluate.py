@@ -14,9 +14,7 @@ from lm.experiment import EvalSet, Experiment
 from lm.train import Params, Program
 
 
-def stores(
-    experiment: Experiment, coder: Tokenizer
-) -> dict[str, Sequence[loader.Store]]:
+def stores(experiment: Experiment, coder: Tokenizer) -> dict[str, list[loader.Store]]:
     """Returns the tokenized text of each evaluation set, by its name."""
     return {
         s.name: loader.stores(_data(experiment, s), coder) for s in experiment.eval.sets

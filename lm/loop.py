@@ -1,175 +1,122 @@
 """Training, top to bottom: text, state, steps, and what is done between them."""
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
 import sys
-import threading
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from lm import (
-    checkpoint,
-    config,
-    evaluate,
-    generate,
-    metrics,
-    plot,
-    resume,
-    sharding,
-    train,
-)
+from lm import checkpoint, config, evaluate, generate, metrics, plot, resume
+from lm import sharding, train
 from lm.data import loader
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
-from lm.plan import chips, flops
+from lm.log import Log, due
+from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
 from lm.train import Program, TrainState
 
 DONE, PREEMPTED = 0, 75  # exit codes; 75 is EX_TEMPFAIL of sysexits.h: run it again
-CHECKPOINTS = "checkpoints"  # folder in the work directory
 
 
-class RunError(RuntimeError):
-    """The run can't go on, told in one line."""
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run is."""
+
+    step: int  # steps done
+    examples: int  # the next example
+    tokens: int  # scored so far, up to the last save
+
+    def after(self, examples: int) -> "Position":
+        """Returns the position after a step on so many examples."""
+        return dataclasses.replace(
+            self, step=self.step + 1, examples=self.examples + examples
+        )
 
 
 def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
-    """Trains `experiment` in `workdir`, from where its checkpoints end; returns the exit code.
+    """Trains in `workdir`, from where its checkpoints end; returns the exit code.
 
     Raises:
         ConfigError: a wrong input, before anything is written over.
         RunError: too many skipped steps in a row.
+        CheckpointError: a save failed, or no checkpoint is whole.
     """
-    layout = sharding.make_layout(experiment.mesh)
-    prog = train.program(experiment, layout)
+    prog = train.program(experiment, sharding.make_layout(experiment.mesh))
     primary = jax.process_index() == 0
     say = _say if primary else _silent
     say(_describe(prog))
     watch.mark("devices")
 
     checkpoints = checkpoint.Checkpoints(
-        f"{workdir}/{CHECKPOINTS}",
+        f"{workdir}/{checkpoint.FOLDER}",
         keep=experiment.checkpoint.keep,
         keep_period=experiment.checkpoint.keep_period,
         report=say,
     )
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
-    dataset = loader.examples(
-        experiment.data, loader.stores(experiment.data, coder), experiment.train.seed
-    )
+    stores = loader.stores(experiment.data, coder)
     held_out = evaluate.stores(experiment, coder)
     watch.mark("data")
 
-    state, examples, tokens = _start(prog, checkpoints, coder, say)
-    first = int(state.step)
-    resumed = first > 0
-    if primary:
-        _write_config(experiment, workdir)
-    watch.mark("restore" if resumed else "init")
+    state, position = _start(prog, checkpoints, coder, say)
+    first, steps = position.step, experiment.train.steps
+    watch.mark("restore" if first else "init")
 
-    terminal = Terminal(experiment.train.steps, first)
-    writer = metrics.Writer(workdir, step=first, primary=primary, terminal=terminal)
-    steps = Steps(prog, state, terminal)
-    eval_step = train.make_eval_step(prog)
-    stop = Stop()
-
-    def save(step: int) -> None:
-        meta = {
-            "config": config.to_json(experiment),
-            "examples": examples,
-            "tokens": tokens,
-            "tokenizer": coder.fingerprint,
-            "jax": jax.__version__,
-        }
-        checkpoints.save(step, state, meta, coder.files())
-        writer.flush()
-
-    def score(step: int) -> None:
-        params = state.params
-        if state.ema is not None and experiment.eval.use_ema:
-            params = train.averaged(prog, state)
-        for chosen in experiment.eval.sets:
-            terminal.status(f"evaluating {chosen.name}")
-            values = evaluate.score(
-                prog, eval_step, params, held_out[chosen.name], chosen
-            )
-            writer.write("eval", step, {"set": chosen.name, **values})
-        terminal.status("training")
-
-    log = Log(prog, writer, terminal, tokens)
-    saved = first if resumed else -1
-    step, code = first, DONE
-    with stop.listening(), terminal_and_files(terminal, writer):
-        batches = _batches(prog, dataset, examples, first)
-        for step in range(first, experiment.train.steps):
-            batch = next(batches)
-            state, result = steps(state, batch)
-            examples += experiment.train.batch_at(step)
-            log.add(step + 1, result)
-            if step == first:
+    with contextlib.ExitStack() as stack:
+        terminal = Terminal(steps, first)
+        stack.callback(terminal.close)
+        writer = metrics.Writer(workdir, step=first, primary=primary, terminal=terminal)
+        stack.enter_context(writer)
+        stack.callback(checkpoints.close)
+        if primary:
+            _write_config(experiment, workdir)
+        stop = Stop()
+        stack.enter_context(stop.listening())
+        step = Step(prog, terminal)
+        scores = Scores(prog, held_out, writer, terminal)
+        log = Log(prog, writer, terminal, position.tokens)
+        batches = _batches(prog, stores, position)
+        stopped = False
+        while position.step < steps and not stopped:
+            state, result = step(state, next(batches))
+            position = position.after(experiment.train.batch_at(position.step))
+            log.add(position.step, result)
+            if position.step == first + 1:
                 log.arrive()
                 watch.mark("first step")
-                writer.write("startup", step + 1, watch.report())
+                writer.write("startup", position.step, watch.report())
                 terminal.print(watch.line())
                 log.restart()
-            tokens = log.tokens
-            done = step + 1
-            if stop.asked(done):
-                code = PREEMPTED
-                break
-            last = done == experiment.train.steps
-            if not last and due(done, experiment.eval.every):
+            stopped = stop.asked(position.step)
+            last = stopped or position.step == steps
+            if not stopped and (last or due(position.step, experiment.eval.every)):
                 log.arrive()
-                score(done)
+                scores.write(state, position.step)
                 log.restart()
-            if not last and due(done, experiment.checkpoint.every):
+            if last or due(position.step, experiment.checkpoint.every):
                 log.arrive()
-                tokens = log.tokens
-                save(done)
-                saved = done
+                position = dataclasses.replace(position, tokens=log.tokens)
+                meta = _meta(experiment, position, coder)
+                checkpoints.save(position.step, state, meta, coder.files())
+                writer.flush()
                 log.restart()
-        log.arrive()
-        tokens, done = log.tokens, int(state.step)
-        if code == DONE:
-            score(done)
-        if saved != done:
-            terminal.status("saving")
-            save(done)
-        checkpoints.close()
-        if code == DONE and experiment.generate.prompts:
+        checkpoints.wait()
+        if not stopped and experiment.generate.prompts:
             _samples(prog, state, coder, workdir, primary)
-    if primary:
-        plot.draw(
-            metrics.read(epath.Path(workdir) / metrics.FILE),
-            epath.Path(workdir) / "metrics.png",
-            experiment.name,
-        )
-    if code == PREEMPTED:
-        say(
-            f"stopped by {stop.name} at step {done}, saved; the same command goes on from there"
-        )
-    return code
+    return _finish(experiment, workdir, first, position, stop.name if stopped else "")
 
 
-def due(step: int, every: int) -> bool:
-    """Returns whether something done every so many steps (0: never) is done after `step`."""
-    return bool(every) and step % every == 0
+class Step:
+    """The train step, compiled for each batch size of the run when it first comes."""
 
-
-class Steps:
-    """The train step, compiled ahead for each batch size of the run."""
-
-    def __init__(self, prog: Program, state: TrainState, terminal: Terminal):
-        self._prog, self._terminal = prog, terminal
+    def __init__(self, prog: Program, terminal: Terminal):
+        self._terminal = terminal
         self._step = train.make_train_step(prog)
         self._compiled: dict[int, Callable[..., Any]] = {}
 
@@ -184,143 +131,32 @@ class Steps:
         return self._compiled[size](state, batch)
 
 
-class Log:
-    """Metrics of steps, fetched one step late so that the device never waits for the host."""
+class Scores:
+    """Evaluates the weights, averaged ones where they are kept, on every set."""
 
     def __init__(
-        self, prog: Program, writer: metrics.Writer, terminal: Terminal, tokens: int
+        self,
+        prog: Program,
+        stores: dict[str, list[loader.Store]],
+        writer: metrics.Writer,
+        terminal: Terminal,
     ):
-        self._prog, self._writer, self._terminal = prog, writer, terminal
-        self._pending: tuple[int, Any] | None = None
-        self._means, self._speed = metrics.Means(), metrics.Throughput()
-        self.tokens = tokens  # scored so far
-        self._skipped_at = 0
-        model, length = prog.experiment.model, prog.experiment.data.length
-        self._cost = {
-            "mfu": flops.train(model, length, causal=False),
-            "mfu_causal": flops.train(model, length, causal=True),
-        }
-        devices = prog.layout.mesh.devices.size
-        peak = chips.peak_flops(jax.devices()[0], devices)
-        self._peak = peak * devices if peak else None
+        self._prog, self._stores = prog, stores
+        self._writer, self._terminal = writer, terminal
+        self._step = train.make_eval_step(prog)
 
-    def add(self, step: int, result: Any) -> None:
-        """Takes the metrics of a step just dispatched, and fetches those of the step before."""
-        self.arrive()
-        self._pending = step, result
-
-    def restart(self) -> None:
-        """Leaves the time of other work out of the speed."""
-        self._speed.restart()
-
-    def arrive(self) -> None:
-        """Waits for the pending metrics, and writes a line where one is due.
-
-        Raises:
-            RunError: too many steps in a row were skipped.
-        """
-        if self._pending is None:
-            return
-        (step, result), self._pending = self._pending, None
-        values = {k: float(v) for k, v in jax.device_get(result).items()}
-        self._speed.arrived(values["tokens"])
-        self.tokens += int(values["tokens"])
-        guard = self._prog.experiment.optim.guard
-        if values["consecutive"] >= guard.max_consecutive:
-            raise RunError(
-                f"step {step}: {guard.max_consecutive} steps in a row were skipped (loss "
-                f"{values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}); the parameters "
-                "are those before them. Lower optim.learning_rate, or look at the data of these "
-                "steps; optim.guard says what is skipped"
+    def write(self, state: TrainState, step: int) -> None:
+        """Writes one record for each set."""
+        chosen = self._prog.experiment.eval
+        averages = state.ema is not None and chosen.use_ema
+        weights = train.averaged(self._prog, state) if averages else state.params
+        for one in chosen.sets:
+            self._terminal.status(f"evaluating {one.name}")
+            values = evaluate.score(
+                self._prog, self._step, weights, self._stores[one.name], one
             )
-        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-        if finite:
-            bits = metrics.bits_per_byte(
-                values["nll"] / max(values["tokens"], 1),
-                values["tokens"],
-                values["bytes"],
-            )
-            shown = {"loss": values["loss"], "grad_norm": values["grad_norm"]}
-            self._means.add(
-                {**shown, **({} if bits is None else {"bits_per_byte": bits})}
-            )
-        self._terminal.tick(step, values["loss"], self._speed.tokens_per_second)
-        if due(step, self._prog.experiment.train.log_every) or values["consecutive"]:
-            self._write(step, values)
-
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        speed = self._speed.take()
-        rate = speed["tokens_per_second"]
-        record: dict[str, Any] = {
-            **{"loss": values["loss"], "grad_norm": values["grad_norm"]},
-            **self._means.take(),
-            "learning_rate": values["learning_rate"],
-            "tokens": self.tokens,
-            **speed,
-            "skipped": int(values["skipped"]),
-        }
-        for name, cost in self._cost.items():
-            record[name] = rate * cost / self._peak if rate and self._peak else None
-        if memory := jax.local_devices()[0].memory_stats():
-            record["memory_bytes"] = memory.get("bytes_in_use")
-            record["memory_peak_bytes"] = memory.get("peak_bytes_in_use")
-        self._writer.write("train", step, record)
-
-
-class Stop:
-    """A wish to stop, by SIGTERM or SIGINT; a second signal is not caught."""
-
-    def __init__(self) -> None:
-        self.name = ""
-
-    def listening(self) -> Any:
-        """Returns a context in which the signals are caught."""
-        return _Handlers(self)
-
-    def asked(self, step: int) -> bool:
-        """Returns whether to stop after `step`: in all processes or in none."""
-        if jax.process_count() > 1:
-            wanted = (
-                multihost_utils.process_allgather(np.bool_(self.name))
-                if due(step, 1)
-                else ()
-            )
-            if np.any(wanted) and not self.name:
-                self.name = "a signal to another process"
-        return bool(self.name)
-
-
-class _Handlers:
-    def __init__(self, stop: Stop):
-        self._stop = stop
-        self._old: dict[int, Any] = {}
-
-    def _caught(self, number: int, frame: types.FrameType | None) -> None:
-        del frame
-        self._stop.name = signal.Signals(number).name
-        signal.signal(number, self._old[number])
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._caught)
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
-
-
-class terminal_and_files:  # noqa: N801  used like contextlib.closing
-    """Closes the progress bar and the metrics files, whatever happens."""
-
-    def __init__(self, *things: Any):
-        self._things = things
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        for thing in self._things:
-            thing.close()
+            self._writer.write("eval", step, {"set": one.name, **values})
+        self._terminal.status("training")
 
 
 def _start(
@@ -328,78 +164,88 @@ def _start(
     checkpoints: checkpoint.Checkpoints,
     coder: Tokenizer,
     say: Callable[[str], None],
-) -> tuple[TrainState, int, int]:
-    """Returns the state to go on from, the next example and the tokens seen."""
+) -> tuple[TrainState, Position]:
+    """Returns the state to go on from, and where it is."""
     experiment = prog.experiment
     if checkpoints.latest() is None:
         state = train.make_init(prog)(jax.random.key(experiment.train.seed))
-        if experiment.train.init_from:
-            state = _warm(prog, state, experiment.train.init_from, say)
-        return state, 0, 0
+        if source := experiment.train.init_from:
+            target = {"params": train.abstract_state(prog).params}
+            loaded, found = checkpoint.restore_from(source, target)
+            state = dataclasses.replace(state, params=loaded["params"])
+            if state.ema is not None:
+                state = dataclasses.replace(state, ema=train.average_of(prog, state))
+            say(f"starting from the weights of {source}, step {found.step}")
+        return state, Position(0, 0, 0)
     stored = checkpoints.read_run()
     resume.same_tokenizer(stored.meta["tokenizer"], coder)
     changed = resume.changes(stored.meta["config"], experiment)
     state, found = checkpoints.restore(train.abstract_state(prog))
-    step, meta = found.step, found.meta
-    say(f"resuming from step {step} of {experiment.train.steps}")
+    say(f"resuming from step {found.step} of {experiment.train.steps}")
     for line in changed:
         say(f"  changed: {line}")
-    return state, meta["examples"], meta["tokens"]
-
-
-def _warm(
-    prog: Program, state: TrainState, source: str, say: Callable[[str], None]
-) -> TrainState:
-    """Returns `state` with the weights of another run's checkpoint."""
-    with_params = {"params": train.abstract_state(prog).params}
-    loaded, found = restore_from(source, with_params)
-    say(f"starting from the weights of {source}, step {found.step}")
-    return dataclasses.replace(state, params=loaded["params"])
-
-
-def restore_from(source: str, target: Any) -> tuple[Any, checkpoint.Run]:
-    """Restores arrays from a work directory, its checkpoint folder, or one step in it."""
-    path = epath.Path(source)
-    step = int(path.name) if path.name.isdigit() else None
-    folder = path.parent if step is not None else path
-    if (folder / CHECKPOINTS).exists():
-        folder = folder / CHECKPOINTS
-    store = checkpoint.Checkpoints(os.fspath(folder), read_only=True)
-    return store.restore(target, step, partial=True)
+    meta = found.meta
+    return state, Position(found.step, meta["examples"], meta["tokens"])
 
 
 def _batches(
-    prog: Program, dataset: Any, examples: int, step: int
+    prog: Program, stores: list[loader.Store], position: Position
 ) -> Iterator[dict[str, jax.Array]]:
-    sharding_BT, data = prog.batch_sharding(), prog.experiment.data
+    experiment, sharding_BT = prog.experiment, prog.batch_sharding()
     host = loader.batches(
-        dataset,
-        sizes=prog.experiment.train.batch_at,
+        loader.examples(experiment.data, stores, experiment.train.seed),
+        sizes=experiment.train.batch_at,
         rows=lambda size: loader.local_rows(sharding_BT, size),
-        start=examples,
-        step=step,
-        threads=data.threads,
-        prefetch=data.prefetch,
+        start=position.examples,
+        step=position.step,
+        threads=experiment.data.threads,
+        prefetch=experiment.data.prefetch,
     )
     for batch in host:
         yield loader.to_devices(batch, sharding_BT)
+
+
+def _meta(
+    experiment: Experiment, position: Position, coder: Tokenizer
+) -> dict[str, Any]:
+    """Returns what a checkpoint holds beside arrays and tokenizer."""
+    return {
+        "config": config.to_json(experiment),
+        **dataclasses.asdict(position),
+        "tokenizer": coder.fingerprint,
+        "jax": jax.__version__,
+    }
+
+
+def _finish(
+    experiment: Experiment, workdir: str, first: int, position: Position, stopped: str
+) -> int:
+    """Draws the run, says how it ended, and returns the exit code."""
+    if jax.process_index() == 0:
+        records = metrics.read(epath.Path(workdir) / metrics.FILE)
+        plot.draw(records, epath.Path(workdir) / "metrics.png", experiment.name)
+        if stopped:
+            _say(
+                f"stopped by {stopped} at step {position.step}, saved; the same command "
+                "goes on from there"
+            )
+        elif first == position.step:
+            _say(f"nothing to do: {workdir} is at step {first} already")
+    return PREEMPTED if stopped else DONE
 
 
 def _samples(
     prog: Program, state: TrainState, coder: Tokenizer, workdir: str, primary: bool
 ) -> None:
     wanted = prog.experiment.generate
-    texts = generate.texts(prog, state.params, coder, wanted.prompts, wanted, _say)
-    if not primary:
-        return
-    lines = [
-        f"{prompt}{text}"
-        for prompt, some in zip(wanted.prompts, texts, strict=True)
-        for text in some
-    ]
-    joined = f"\n{'─' * 60}\n".join(lines)
-    (epath.Path(workdir) / "samples.txt").write_text(joined + "\n")
-    print(joined)
+    say = _say if primary else _silent
+    texts = generate.texts(prog, state.params, coder, wanted.prompts, wanted, say)
+    if primary:
+        pairs = zip(wanted.prompts, texts, strict=True)
+        samples = [prompt + text for prompt, some in pairs for text in some]
+        joined = f"\n{'─' * 60}\n".join(samples) + "\n"
+        (epath.Path(workdir) / "samples.txt").write_text(joined)
+        print(joined, end="")
 
 
 def _write_config(experiment: Experiment, workdir: str) -> None:
@@ -410,15 +256,12 @@ def _write_config(experiment: Experiment, workdir: str) -> None:
 
 def _describe(prog: Program) -> str:
     mesh, devices = prog.layout.mesh, jax.devices()
-    axes = (
-        " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1) or "one device"
-    )
+    axes = " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1)
     count = sum(math.prod(s.shape) for s in prog.shapes.values())
-    used = mesh.devices.size
-    of = "" if used == len(devices) else f" of {len(devices)}"
+    of = "" if mesh.size == len(devices) else f" of {len(devices)}"
     return (
-        f"{prog.experiment.name}: {count / 1e6:.1f} M parameters on {used}{of} "
-        f"{devices[0].device_kind} ({axes})"
+        f"{prog.experiment.name}: {count / 1e6:.1f} M parameters on {mesh.size}{of} "
+        f"{devices[0].device_kind} ({axes or 'one device'})"
     )
 
 

@@ -19,6 +19,7 @@ from lm import experiment as experiments  # noqa: E402
 from lm.config import ConfigError  # noqa: E402
 from lm.data import loader, tokenizer  # noqa: E402
 from lm.experiment import Experiment  # noqa: E402
+from lm.log import RunError  # noqa: E402
 
 WATCH.mark("imports")
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     except ConfigError as error:
         print(f"lm: {error}", file=sys.stderr)
         sys.exit(WRONG_USE)
-    except (loop.RunError, checkpoint.CheckpointError) as error:
+    except (RunError, checkpoint.CheckpointError) as error:
         print(f"lm: {error}", file=sys.stderr)
         sys.exit(FAILED)
     except OSError as error:
@@ -172,9 +173,9 @@ def _restored(
     source = (
         workdir
         if _STEP.value is None
-        else f"{workdir}/{loop.CHECKPOINTS}/{_STEP.value}"
+        else f"{workdir}/{checkpoint.FOLDER}/{_STEP.value}"
     )
-    arrays, found = loop.restore_from(source, {key: state.params})
+    arrays, found = checkpoint.restore_from(source, {key: state.params})
     return prog, arrays[key], tokenizer.from_files(found.files), found.step
 
 

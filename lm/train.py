@@ -243,6 +243,12 @@ def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metric
     return _compiled(prog, eval_step)
 
 
+def average_of(prog: Program, state: TrainState) -> Params:
+    """Returns the average of one state alone: its parameters, where averages are kept."""
+    place = functools.partial(_placed, specs=prog.updates)
+    return _compiled(prog, lambda params: optim.ema_init(place(params)))(state.params)
+
+
 def averaged(prog: Program, state: TrainState) -> Params:
     """Returns the averaged parameters where the plain ones are stored."""
     return _compiled(prog, functools.partial(_placed, specs=prog.specs))(state.ema)

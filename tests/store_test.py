@@ -194,8 +194,7 @@ def in_python(code, *arguments, **options):
 def test_a_killed_build_is_never_used(tmp_path):
     spec = write(tmp_path / "text", TEXTS)
     sound = contents(obtain(spec, tmp_path / "sound").path)
-    killed = in_python(
-        """
+    code = """
         import time
         sources._PART = 300
         run = workers.run
@@ -207,13 +206,10 @@ def test_a_killed_build_is_never_used(tmp_path):
                     time.sleep(60)
         workers.run = slow
         obtain(sys.argv[1], sys.argv[2])
-        """,
-        spec,
-        tmp_path / "store",
-    )
-    assert killed.stdout.readline() == "writing\n"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+        """
+    with in_python(code, spec, tmp_path / "store") as killed:
+        assert killed.stdout.readline() == "writing\n"
+        killed.send_signal(signal.SIGKILL)
     [left] = [p for p in (tmp_path / "store").iterdir() if p.is_dir()]
     assert left.name.startswith(".") and contents(left)  # half a store, aside
     made = obtain(spec, tmp_path / "store")

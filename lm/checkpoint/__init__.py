@@ -37,6 +37,7 @@ from lm.checkpoint import backend, record
 from lm.config import ConfigError
 
 T = TypeVar("T")
+FOLDER = "checkpoints"  # in a work directory
 
 
 class CheckpointError(RuntimeError):
@@ -334,6 +335,22 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {step} could not be saved in {self._directory}: {cause}{rest}"
             ) from error
+
+
+def restore_from(source: str, target: trees.Tree) -> tuple[trees.Tree, Run]:
+    """Restores some arrays of a work directory's newest checkpoint, or of one step in it.
+
+    Args:
+        source: a work directory, its folder of checkpoints, or one step's folder there.
+        target: as for `Checkpoints.restore`; what else is there is not read.
+    """
+    path = epath.Path(source)
+    step = int(path.name) if path.name.isdigit() else None
+    folder = path.parent if step is not None else path
+    if (folder / FOLDER).exists():
+        folder = folder / FOLDER
+    saved = Checkpoints(str(folder), read_only=True)
+    return saved.restore(target, step, partial=True)
 
 
 def _from_first_process(step: int | None) -> int | None:

@@ -71,7 +71,9 @@ class Attention(nnx.Module):
         if config.bias:
             self.query_bias_nh = param(rngs, (heads, H), ("heads", "head_dim"), 0.0)
             self.key_bias_kh = param(rngs, (kv_heads, H), ("kv_heads", "head_dim"), 0.0)
-            self.value_bias_kh = param(rngs, (kv_heads, H), ("kv_heads", "head_dim"), 0.0)
+            self.value_bias_kh = param(
+                rngs, (kv_heads, H), ("kv_heads", "head_dim"), 0.0
+            )
         if config.out_bias:
             self.out_bias_d = param(rngs, (dim,), ("norm",), 0.0)
         if config.qk_norm:

@@ -98,7 +98,7 @@ def attention(
 
 def _span(
     mask: Mask, i: Array, block: int, count: int, *, keys: bool
-) -> tuple[Array, Array | float]:
+) -> tuple[Array, Array]:
     """The range of key blocks that query block i needs, or of query blocks that key block i does."""
     lo, hi = jnp.zeros_like(i), jnp.full_like(i, count)
     if mask.ordered and mask.causal:

@@ -45,7 +45,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y = _normalize(True, self.eps, x, _like(self.scale_d[...], x))
-        return y if self.bias_d is None else y + _like(self.bias_d[...].astype(y.dtype), y)
+        return (
+            y if self.bias_d is None else y + _like(self.bias_d[...].astype(y.dtype), y)
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -162,7 +164,10 @@ def dropout_keys(seed: int, step: Int[Array, ""], index_B: Array, length: int) -
 
 
 def dropout(
-    x_BTD: Float[Array, "B T D"], rate: float, keys_BT: Any, site: Integer[Array, ""] | int
+    x_BTD: Float[Array, "B T D"],
+    rate: float,
+    keys_BT: Any,
+    site: Integer[Array, ""] | int,
 ) -> Float[Array, "B T D"]:
     """Returns x with entries zeroed with probability `rate`, the others scaled by 1/(1-rate).
 

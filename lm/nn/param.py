@@ -70,7 +70,9 @@ def _unmoved(
     return list(sharding.spec(*(a if a != "kv_heads" or fits else None for a in axes)))
 
 
-def einsum(subscripts: str, x: jax.Array, w: jax.Array, out: P | None = None) -> jax.Array:
+def einsum(
+    subscripts: str, x: jax.Array, w: jax.Array, out: P | None = None
+) -> jax.Array:
     """Returns `jnp.einsum(subscripts, x, w, out_sharding=out)` of activations and a weight.
 
     The last axes of x are contracted with the first of w. On CPU the backward stands behind an
@@ -91,7 +93,9 @@ def einsum(subscripts: str, x: jax.Array, w: jax.Array, out: P | None = None) ->
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum_cpu(subscripts: str, out: P | None, x: jax.Array, w: jax.Array) -> jax.Array:
+def _einsum_cpu(
+    subscripts: str, out: P | None, x: jax.Array, w: jax.Array
+) -> jax.Array:
     return jnp.einsum(subscripts, x, w, out_sharding=out)
 
 

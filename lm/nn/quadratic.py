@@ -65,7 +65,9 @@ def _cut(x_XGTH: Array, t0: int, t1: int) -> Array:
     return x_XGTH[:, :, t0:t1].reshape(x_XGTH.shape[0], -1, x_XGTH.shape[-1])
 
 
-def _hidden(mask: Mask, packed: bool, q_tokens: Tokens, kv_tokens: Tokens, part) -> Array:
+def _hidden(
+    mask: Mask, packed: bool, q_tokens: Tokens, kv_tokens: Tokens, part
+) -> Array:
     """[B, 1, 1, t, s] (B is 1 where all rows are alike): 0 where the query sees the key, or NEG."""
     t0, t1, s0, s1 = part
     if packed or not mask.ordered:
@@ -74,7 +76,10 @@ def _hidden(mask: Mask, packed: bool, q_tokens: Tokens, kv_tokens: Tokens, part)
     else:
         one = np.zeros((1, max(t1, s1)), np.int32)
         row = np.arange(one.size, dtype=np.int32)[None]
-        q, kv = Tokens(row[:, t0:t1], one[:, t0:t1]), Tokens(row[:, s0:s1], one[:, s0:s1])
+        q, kv = (
+            Tokens(row[:, t0:t1], one[:, t0:t1]),
+            Tokens(row[:, s0:s1], one[:, s0:s1]),
+        )
     return jnp.where(visible(mask, q, kv), 0.0, NEG)[:, None, None]
 
 
@@ -88,11 +93,15 @@ def _fwd(mask, packed, q, k, v, q_tokens, kv_tokens):
         s, _ = cap(mask.softcap, s * mask.scale)
         hidden = _hidden(mask, packed, q_tokens, kv_tokens, part)
         s = (s.reshape(B, K, G, t1 - t0, s1 - s0) + hidden).reshape(s.shape)
-        top = jnp.maximum(s.max(-1, keepdims=True), 0.5 * NEG)  # so that exp gives 0 if all hide
+        top = jnp.maximum(
+            s.max(-1, keepdims=True), 0.5 * NEG
+        )  # so that exp gives 0 if all hide
         e = jnp.exp(s - top)
         norm = jnp.maximum(e.sum(-1, keepdims=True), 1e-30)
         p = _plain((e / norm).astype(v.dtype))
-        outs.append(jnp.einsum("xts,xsh->xth", p, vx[:, s0:s1]).reshape(B * K, G, -1, H))
+        outs.append(
+            jnp.einsum("xts,xsh->xth", p, vx[:, s0:s1]).reshape(B * K, G, -1, H)
+        )
         lses.append((top + jnp.log(norm)).reshape(B, K, G, t1 - t0))
         saved.append(p)
     out, lse = _tokens(jnp.concatenate(outs, 2), B), jnp.concatenate(lses, 3)

@@ -1,0 +1,100 @@
+"""The metrics of training steps: fetched one step late, averaged, written when due."""
+
+import math
+from typing import Any
+
+import jax
+
+from lm import metrics
+from lm.plan import chips, flops
+from lm.terminal import Terminal
+from lm.train import Program
+
+
+class RunError(RuntimeError):
+    """The run can't go on, told in one line."""
+
+
+def due(step: int, every: int) -> bool:
+    """Returns whether what is done every so many steps (0: never) is due after `step`."""
+    return bool(every) and step % every == 0
+
+
+class Log:
+    """Takes the metrics of each step as it is dispatched; the device never waits."""
+
+    def __init__(
+        self, prog: Program, writer: metrics.Writer, terminal: Terminal, tokens: int
+    ):
+        self.tokens = tokens  # scored so far, in the whole run
+        self._prog, self._writer, self._terminal = prog, writer, terminal
+        self._pending: tuple[int, Any] | None = None
+        self._means, self._speed = metrics.Means(), metrics.Throughput()
+        model, length = prog.experiment.model, prog.experiment.data.length
+        self._cost = {  # operations a token
+            "mfu": flops.train(model, length, causal=False),
+            "mfu_causal": flops.train(model, length, causal=True),
+        }
+        devices = prog.layout.mesh.size
+        peak = chips.peak_flops(jax.devices()[0], devices)
+        self._peak = peak * devices if peak else None
+
+    def add(self, step: int, result: Any) -> None:
+        """Takes what the step after `step - 1` returned; fetches the one before."""
+        self.arrive()
+        self._pending = step, result
+
+    def restart(self) -> None:
+        """Leaves what was done since the last step out of the speed."""
+        self._speed.restart()
+
+    def arrive(self) -> None:
+        """Waits for the last step taken, and writes a record where one is due.
+
+        Raises:
+            RunError: too many steps in a row were skipped.
+        """
+        if self._pending is None:
+            return
+        (step, result), self._pending = self._pending, None
+        values = {k: float(v) for k, v in jax.device_get(result).items()}
+        tokens = values["tokens"]
+        self._speed.arrived(tokens)
+        self.tokens += int(tokens)
+        self._refuse_to_go_on(step, values)
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            shown = {k: values[k] for k in ("loss", "grad_norm")}
+            nll = values["nll"] / max(tokens, 1)
+            bits = metrics.bits_per_byte(nll, tokens, values["bytes"])
+            self._means.add(shown if bits is None else {**shown, "bits_per_byte": bits})
+        self._terminal.tick(step, values["loss"], self._speed.tokens_per_second)
+        if due(step, self._prog.experiment.train.log_every) or values["consecutive"]:
+            self._write(step, values)
+
+    def _refuse_to_go_on(self, step: int, values: dict[str, float]) -> None:
+        most = self._prog.experiment.optim.guard.max_consecutive
+        if values["consecutive"] >= most:
+            raise RunError(
+                f"step {step}: {most} steps in a row were skipped (loss {values['loss']:.4g}, "
+                f"gradient norm {values['grad_norm']:.4g}); lower optim.learning_rate or look at "
+                "the data of these steps; the checkpoints hold the state before them"
+            )
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        speed = self._speed.take()
+        rate = speed["tokens_per_second"]
+        record: dict[str, Any] = {
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            **self._means.take(),
+            "learning_rate": values["learning_rate"],
+            "tokens": self.tokens,
+            **speed,
+            "skipped": int(values["skipped"]),
+        }
+        for name, cost in self._cost.items():
+            record[name] = rate * cost / self._peak if rate and self._peak else None
+        if memory := jax.local_devices()[0].memory_stats():
+            record["memory_bytes"] = memory.get("bytes_in_use")
+            record["memory_peak_bytes"] = memory.get("peak_bytes_in_use")
+        self._writer.write("train", step, record)
