@@ -12,7 +12,7 @@ from lm.data import loader
 from lm.experiment import Experiment, Train
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
-from lm.nn.layers import Learned, LayerNorm
+from lm.nn.layers import LayerNorm, Learned
 from lm.objectives import Causal
 from lm.optim import AdamW, Constant, Optim
 

@@ -6,13 +6,13 @@ from lm.experiment import Checkpoint, Eval, EvalSet, Experiment, Train
 from lm.models.transformer import Transformer
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
-from lm.nn.layers import Learned, LayerNorm
+from lm.nn.layers import LayerNorm, Learned
 from lm.optim import AdamW, Cosine, Optim
 from lm.sharding import MeshConfig
 
 
 def experiment() -> Experiment:
-    """Returns 124 M parameters, 0.5 M tokens a step, 10 G tokens of lm1b's sentences or your text."""
+    """Returns 124 M parameters, 0.5 M tokens a step, 10 G tokens of lm1b."""
     return Experiment(
         name="gpt2_124m",
         about="GPT-2 small: 12 layers of 768, learned positions, tied head",

@@ -32,9 +32,9 @@ def override(config: T, assignments: Sequence[str]) -> T:
     """Returns `config` with every `path=value` applied, checked once, together.
 
     A path is dotted (`model.layers`), with numbers for elements of a tuple (`eval.sets.0.split`).
-    A value is read by the type of its field: `3e-4`, `true`, `none`, `a,b`, `(1, 2)`. Where a field
-    allows several classes, `field=ClassName` or `field.kind=ClassName` chooses one; fields that both
-    classes have keep the values that are not the old class's default.
+    A value is read by the type of its field: `3e-4`, `true`, `none`, `a,b`, `(1, 2)`. Where
+    a field allows several classes, `field=ClassName` or `field.kind=ClassName` chooses one;
+    what both have keeps its value, unless that was the old class's default.
 
     Raises:
         ConfigError: a path that does not exist (the nearest is suggested), a value of another type,

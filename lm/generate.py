@@ -28,6 +28,7 @@ from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
 from lm.models.transformer import Transformer
+from lm.nn import manual
 from lm.nn.blockwise import Tokens
 from lm.train import Params, Program
 
@@ -241,7 +242,7 @@ def choose(
         return logits_BV.argmax(-1).astype(jnp.int32)
     # Each device draws for its own rows; there is nothing to communicate.
     specs = sharding.spec("batch", None), sharding.spec("batch")
-    draw = sharding.region(functools.partial(_draw, config), specs, specs[1])
+    draw = manual.region(functools.partial(_draw, config), specs, specs[1])
     return draw(logits_BV, keys_B)
 
 

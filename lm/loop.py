@@ -11,8 +11,17 @@ from typing import Any
 import jax
 from etils import epath
 
-from lm import checkpoint, config, evaluate, generate, metrics, plot, resume
-from lm import sharding, train
+from lm import (
+    checkpoint,
+    config,
+    evaluate,
+    generate,
+    metrics,
+    plot,
+    resume,
+    sharding,
+    train,
+)
 from lm.data import loader
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment

@@ -91,8 +91,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 class Adafactor:
     """Second moments of a matrix as row and column means (https://arxiv.org/abs/1804.04235).
 
-    Like `optax.adafactor` on each layer's matrix. The parameter scale makes `learning_rate` relative
-    to the size of the weights: 1e-2 to 1e-3 where Adam takes 1e-3 to 1e-4.
+    Like `optax.adafactor` on each layer's matrix. The parameter scale makes `learning_rate`
+    relative to the size of the weights: 1e-2 to 1e-3 where Adam takes 1e-3 to 1e-4.
     """
 
     decay_power: float = 0.8  # second moments decay by 1 - t**-decay_power at step t

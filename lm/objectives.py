@@ -18,6 +18,7 @@ from lm import sharding
 from lm.config import ConfigError
 from lm.models.stack import enter
 from lm.models.transformer import Transformer
+from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
 
 
@@ -134,7 +135,7 @@ def _region(head: Head, gradient: bool):
     row = sharding.spec("batch")  # one partial sum for each device's rows
     outs = (row, row, x_spec, w_spec) if gradient else (row, row)
     body = functools.partial(_chunks, head, axes, gradient)
-    return sharding.region(body, (x_spec, w_spec, tokens, tokens), outs)
+    return manual.region(body, (x_spec, w_spec, tokens, tokens), outs)
 
 
 @dataclasses.dataclass(frozen=True)

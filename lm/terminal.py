@@ -108,7 +108,8 @@ class Terminal:
         """Prints a record, unless the bar shows it already."""
         if kind == "startup" or (kind == "train" and self._bar is not None):
             return
-        eta = f"  ETA {self._eta(step)}" if kind == "train" and self._began else ""
+        running = kind == "train" and self._began and step < self._steps
+        eta = f"  ETA {self._eta(step)}" if running else ""
         self.print(describe(kind, step, values) + eta)
 
     def print(self, text: str) -> None:

@@ -231,12 +231,13 @@ def test_frequencies_follow_the_truncated_distribution(temperature, top_k, top_p
 
 @pytest.mark.parametrize("top_k, top_p", [(None, None), (None, 1e-6), (1, None)])
 def test_hardly_any_temperature_or_choice_is_greedy(top_k, top_p):
-    temperature = 1.0 if top_k or top_p else 1e-45  # which fp32 rounds to 0
+    temperature = 1.0 if top_k or top_p else 1e-50  # which fp32 rounds to 0
     settings = Generate(temperature=temperature, top_k=top_k, top_p=top_p)
     with sharding.use(program(tiny()).layout):
         keys = jax.random.split(jax.random.key(2), 50)
         logits = jnp.array(np.tile(LOGITS, (50, 1)), jnp.float32)
-        ids = generate.choose(settings, logits, keys)
+        with jax.debug_nans(True):
+            ids = generate.choose(settings, logits, keys)
     assert set(np.asarray(ids).tolist()) == {LOGITS.argmax()}
 
 

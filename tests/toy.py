@@ -3,18 +3,21 @@
 Shapes: B batch, T queries, S keys, D embed, N query heads, K kv heads, G = N / K, H head dim.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lm import config, sharding, train, trees
+from lm.config import ConfigError
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.experiment import Experiment, Train
@@ -196,6 +199,16 @@ def run(
 
 def _ending(leaves: dict[str, np.ndarray], path: str) -> np.ndarray:
     return next(x for name, x in leaves.items() if name.endswith(f"/{path}"))
+
+
+@contextlib.contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """Expects a ConfigError of one line that holds these words, in order."""
+    with pytest.raises(ConfigError) as error:
+        yield
+    message = str(error.value)
+    assert "\n" not in message
+    assert re.search(".*".join(map(re.escape, words)), message), message
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

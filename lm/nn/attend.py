@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.nn import blockwise, quadratic
+from lm.nn import blockwise, manual, quadratic
 from lm.nn.blockwise import Mask, Tokens
 
 Implementation = Literal["auto", "einsum", "blockwise", "cudnn", "splash"]
@@ -56,7 +56,7 @@ class Case:
             if self.dtype not in ("bfloat16", "float16"):
                 return f"it computes in bfloat16 or float16, not {self.dtype}"
             if self.packed:
-                return "it has no segments, the rows are packed (data.isolate=false leaves them whole)"
+                return "it has no segments and rows are packed (data.isolate=false ends that)"
             if self.mask.softcap is not None:
                 return f"it has no soft cap, here {self.mask.softcap:g}"
             if self.head_dim % 8 or self.head_dim > 256:
@@ -94,10 +94,8 @@ class Case:
                 )
             return asked
         if (
-            self.queries * self.keys <= SHORT
-            and self.platform == "cpu"
-            or self.queries == 1
-        ):
+            self.queries * self.keys <= SHORT and self.platform == "cpu"
+        ) or self.queries == 1:
             return "einsum"
         order = {"gpu": ["cudnn"], "tpu": ["splash"]}.get(self.platform, [])
         fits = (i for i in [*order, "blockwise", "einsum"] if self.obstacle(i) is None)
@@ -145,7 +143,7 @@ def attend(
         kv_tokens.positions,
         kv_tokens.segments,
     )
-    call = sharding.manual(body, ins, (q_spec, *lse), "attention")
+    call = manual.manual(body, ins, (q_spec, *lse), "attention")
     out = call(q_BTKGH, k_BSKH, v_BSKH, *ids)
     return out[0], out[1] if lse else None
 

@@ -105,7 +105,8 @@ class Attention(nnx.Module):
         )
         y_BTKGH, _ = attend.attend(
             q, k.astype(q.dtype), v.astype(q.dtype), side.tokens, kv_tokens, mask,
-            self.config.implementation if cache is None else "auto", side.packed or cache is not None,
+            self.config.implementation if cache is None else "auto",
+            side.packed or cache is not None,
         )  # fmt: skip
         return self._output(y_BTKGH), cache
 
@@ -149,7 +150,7 @@ class Attention(nnx.Module):
         return qkv[:, :, :, :G], qkv[:, :, :, G], qkv[:, :, :, G + 1]
 
     def _repeat(self, w_dkh: Array, K: int) -> Array:
-        if K == self.kv_heads:
+        if self.kv_heads == K:
             return w_dkh
         D, _, H = w_dkh.shape
         times = K // self.kv_heads
@@ -174,7 +175,7 @@ class Attention(nnx.Module):
 def init_cache(
     kv_heads: int, head_dim: int, batch: int, length: int, dtype: Any
 ) -> Any:
-    """Returns the empty (k, v) of one layer: [B, S, K, H], kv heads repeated to fill the devices."""
+    """Returns one layer's empty (k, v): [B, S, K, H], kv heads repeated to fill the devices."""
     layout = sharding.current()
     heads = math.lcm(kv_heads, layout.size("kv_heads"))
     spec = sharding.spec("batch", None, "kv_heads", None)

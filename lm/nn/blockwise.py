@@ -99,7 +99,7 @@ def attention(
 def _span(
     mask: Mask, i: Array, block: int, count: int, *, keys: bool
 ) -> tuple[Array, Array]:
-    """The range of key blocks that query block i needs, or of query blocks that key block i does."""
+    """The key blocks that query block i needs, or the query blocks that key block i does."""
     lo, hi = jnp.zeros_like(i), jnp.full_like(i, count)
     if mask.ordered and mask.causal:
         lo, hi = (lo, i + 1) if keys else (i, hi)
@@ -201,7 +201,7 @@ def backward(mask, block, q, k, v, q_tokens, kv_tokens, g, lse, delta):
             )
             ds = p * (dp - _at(delta, i, block, 3)[..., None]) * slope * mask.scale
             ds, p = ds.astype(q.dtype), p.astype(g.dtype)
-            exact = dict(preferred_element_type=jnp.float32)
+            exact = {"preferred_element_type": jnp.float32}
             dv_j += jnp.einsum("bkgts,btkgh->bskh", p, g_i, **exact)
             dk_j += jnp.einsum("bkgts,btkgh->bskh", ds, q_i, **exact)
             dq_i = _at(dq, i, block) + jnp.einsum("bkgts,bskh->btkgh", ds, k_j, **exact)

@@ -1,4 +1,4 @@
-"""Small layers: norms, positions, dropout. Shapes: B batch, T length, D embed, N heads, H head dim."""
+"""Norms, positions, dropout. Shapes: B batch, T length, D embed, N heads, H head dim."""
 
 import dataclasses
 import functools
