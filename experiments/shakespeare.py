@@ -28,7 +28,7 @@ def experiment() -> Experiment:
         train=Train(steps=600, batch_size=16, log_every=10),
         eval=Eval(
             every=200,
-            sets=(EvalSet(name="valid"), EvalSet(name="test", split="test")),
+            sets=(EvalSet(name="valid"),),
         ),
         checkpoint=Checkpoint(every=200),
         generate=Generate(tokens=200, samples=1, prompts=("HAMLET.", "JULIET.")),

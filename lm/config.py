@@ -102,7 +102,7 @@ def kind(cls: Any) -> str:
     return cls.__qualname__.removesuffix(".Config")
 
 
-def _classes(hint: Any) -> dict[str, type]:
+def _classes(hint: Any) -> dict[str, Any]:
     """The config classes a field may hold, by the name that `kind` gives them."""
     return {kind(c): c for c in _options(hint) if dataclasses.is_dataclass(c)}
 
@@ -174,7 +174,7 @@ def _element(node: list, hint: Any, key: str, path: str) -> tuple[Any, int]:
     return element[0], int(key)
 
 
-def _switch(node: dict, hint: Any, name: str, path: str) -> None:
+def _switch(node: Any, hint: Any, name: str, path: str) -> None:
     if name not in _classes(hint):
         known = ", ".join(_classes(hint))
         raise ConfigError(f"--set {path}={name}: expected one of {known}")

@@ -67,6 +67,14 @@ class EvalSet:
     batches: int | None = None  # at most so many; None: all of it
     stride: int | None = None  # targets scored a window, the rest is context; None: all
 
+    def __post_init__(self) -> None:
+        for name in ("batches", "stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"eval.sets {self.name!r}: {name}={value}, expected 1 or more, or none"
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
@@ -85,6 +93,10 @@ class Eval:
             )
         if self.every < 0:
             raise ConfigError(f"eval.every={self.every}: expected 0 or more steps")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(
+                f"eval.batch_size={self.batch_size}: expected 1 or more, or none"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +108,16 @@ class Checkpoint:
     keep_period: int | None = None  # steps; those at its multiples stay for ever
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
-            raise ConfigError("checkpoint: every must be 0 or more and keep 1 or more")
+        period = 1 if self.keep_period is None else self.keep_period
+        for name, value, least in (
+            ("every", self.every, 0),
+            ("keep", self.keep, 1),
+            ("keep_period", period, 1),
+        ):
+            if value < least:
+                raise ConfigError(
+                    f"checkpoint.{name}={value}: expected {least} or more"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,12 +135,14 @@ class Generate:
     prompts: tuple[str, ...] = ()  # continued at the end of training
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.samples < 1 or self.temperature < 0:
+        if self.temperature < 0:
             raise ConfigError(
-                "generate: tokens and samples must be 1 or more and temperature 0 or more"
+                f"generate.temperature={self.temperature}: expected 0 or more"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"generate.top_k={self.top_k}: expected 1 or more")
+        for name in ("tokens", "samples", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"generate.{name}={value}: expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"generate.top_p={self.top_p}: expected 0 < top_p <= 1")
 
@@ -159,7 +181,7 @@ class Experiment:
             if size % self.train.accumulate:
                 raise ConfigError(
                     f"train.batch_size={size} is not divisible by "
-                    f"train.accumulate={self.train.accumulate}"
+                    f"train.accumulate={self.train.accumulate}; use a multiple of it"
                 )
 
     def eval_size(self) -> int:

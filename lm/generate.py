@@ -238,7 +238,7 @@ def choose(
     then top-p of what is left: the fewest likeliest ids that hold so much of its
     probability (Holtzman et al. 2020). At temperature 0, the likeliest; nothing drawn.
     """
-    if config.temperature == 0:
+    if config.temperature < 1e-30:  # fp32 could not divide by it
         return logits_BV.argmax(-1).astype(jnp.int32)
     # Each device draws for its own rows; there is nothing to communicate.
     specs = sharding.spec("batch", None), sharding.spec("batch")
@@ -252,7 +252,7 @@ def _draw(config: Generate, logits_bV: Array, keys_b: Array) -> Array:
     # order by rounding, the sample stays the same.
     noise_bV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_b)
     top_b1 = logits_bV.max(-1, keepdims=True)
-    x_bV = (logits_bV - top_b1) / max(config.temperature, 1e-30)  # a divisor fp32 holds
+    x_bV = (logits_bV - top_b1) / config.temperature
     top_p = 1.0 if config.top_p is None else config.top_p
     if config.top_k is None and top_p == 1:
         return (x_bV + noise_bV).argmax(-1).astype(jnp.int32)

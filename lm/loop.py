@@ -61,13 +61,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
     say = _say if primary else _silent
     say(_describe(prog))
     watch.mark("devices")
-
-    checkpoints = checkpoint.Checkpoints(
-        f"{workdir}/{checkpoint.FOLDER}",
-        keep=experiment.checkpoint.keep,
-        keep_period=experiment.checkpoint.keep_period,
-        report=say,
-    )
+    checkpoints = _checkpoints(experiment, workdir, say)
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
     stores = loader.stores(experiment.data, coder)
     held_out = evaluate.stores(experiment, coder)
@@ -76,9 +70,8 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
     state, position = _start(prog, checkpoints, coder, say)
     first, steps = position.step, experiment.train.steps
     watch.mark("restore" if first else "init")
-
     with contextlib.ExitStack() as stack:
-        terminal = Terminal(steps, first)
+        terminal = Terminal(steps, first, primary=primary)
         stack.callback(terminal.close)
         writer = metrics.Writer(workdir, step=first, primary=primary, terminal=terminal)
         stack.enter_context(writer)
@@ -97,11 +90,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
             position = position.after(experiment.train.batch_at(position.step))
             log.add(position.step, result)
             if position.step == first + 1:
-                log.arrive()
-                watch.mark("first step")
-                writer.write("startup", position.step, watch.report())
-                terminal.print(watch.line())
-                log.restart()
+                _report_start(log, watch, writer, terminal, position.step)
             stopped = stop.asked(position.step)
             last = stopped or position.step == steps
             if not stopped and (last or due(position.step, experiment.eval.every)):
@@ -116,9 +105,20 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
                 writer.flush()
                 log.restart()
         checkpoints.wait()
-        if not stopped and experiment.generate.prompts:
-            _samples(prog, state, coder, workdir, primary)
+    if not stopped and experiment.generate.prompts:
+        _samples(prog, state, coder, workdir, primary)
     return _finish(experiment, workdir, first, position, stop.name if stopped else "")
+
+
+def _report_start(
+    log: Log, watch: Stopwatch, writer: metrics.Writer, terminal: Terminal, step: int
+) -> None:
+    """Waits for the first step, and says what the time until then went to."""
+    log.arrive()
+    watch.mark("first step")
+    writer.write("startup", step, watch.report())
+    terminal.print(watch.line())
+    log.restart()
 
 
 class Step:
@@ -157,8 +157,7 @@ class Scores:
     def write(self, state: TrainState, step: int) -> None:
         """Writes one record for each set."""
         chosen = self._prog.experiment.eval
-        averages = state.ema is not None and chosen.use_ema
-        weights = train.averaged(self._prog, state) if averages else state.params
+        weights = train.evaluated(self._prog, state)
         for one in chosen.sets:
             self._terminal.status(f"evaluating {one.name}")
             values = evaluate.score(
@@ -166,6 +165,17 @@ class Scores:
             )
             self._writer.write("eval", step, {"set": one.name, **values})
         self._terminal.status("training")
+
+
+def _checkpoints(
+    experiment: Experiment, workdir: str, say: Callable[[str], None]
+) -> checkpoint.Checkpoints:
+    return checkpoint.Checkpoints(
+        f"{workdir}/{checkpoint.FOLDER}",
+        keep=experiment.checkpoint.keep,
+        keep_period=experiment.checkpoint.keep_period,
+        report=say,
+    )
 
 
 def _start(
@@ -180,7 +190,11 @@ def _start(
         state = train.make_init(prog)(jax.random.key(experiment.train.seed))
         if source := experiment.train.init_from:
             target = {"params": train.abstract_state(prog).params}
-            loaded, found = checkpoint.restore_from(source, target)
+            try:
+                loaded, found = checkpoint.restore_from(source, target)
+            except checkpoint.CheckpointError as error:
+                what = f"train.init_from={source}: {error}"
+                raise checkpoint.CheckpointError(what) from error
             state = dataclasses.replace(state, params=loaded["params"])
             if state.ema is not None:
                 state = dataclasses.replace(state, ema=train.average_of(prog, state))
@@ -247,8 +261,9 @@ def _samples(
     prog: Program, state: TrainState, coder: Tokenizer, workdir: str, primary: bool
 ) -> None:
     wanted = prog.experiment.generate
+    weights = train.evaluated(prog, state)
     say = _say if primary else _silent
-    texts = generate.texts(prog, state.params, coder, wanted.prompts, wanted, say)
+    texts = generate.texts(prog, weights, coder, wanted.prompts, wanted, say)
     if primary:
         pairs = zip(wanted.prompts, texts, strict=True)
         samples = [prompt + text for prompt, some in pairs for text in some]
@@ -260,7 +275,9 @@ def _samples(
 def _write_config(experiment: Experiment, workdir: str) -> None:
     path = epath.Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.to_json(experiment), indent=2) + "\n")
+    scratch = path.with_name("config.json.new")  # a full disk leaves the old one
+    scratch.write_text(json.dumps(config.to_json(experiment), indent=2) + "\n")
+    scratch.replace(path)
 
 
 def _describe(prog: Program) -> str:

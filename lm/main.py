@@ -1,5 +1,6 @@
 """The entry point: python -m lm.main --experiment=NAME [--mode=train|eval|generate|prepare]."""
 
+import errno
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from lm.log import RunError  # noqa: E402
 WATCH.mark("imports")
 
 FAILED, WRONG_USE = 1, 2  # exit codes, besides loop.DONE and loop.PREEMPTED
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MODES = ("train", "eval", "generate", "prepare")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", "", "Name of a file in experiments/.")
@@ -62,9 +64,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"lm: {error}", file=sys.stderr)
         sys.exit(FAILED)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK:
             raise
-        print(f"lm: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = error.filename or f"a file of the run in {_workdir()}"
+        print(f"lm: {where}: {error.strerror}", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -78,21 +81,29 @@ def _run() -> int:
     if _PRINT.value:
         _print_config(experiment, base)
         return loop.DONE
-    workdir = _WORKDIR.value or f"runs/{experiment.name}"
     _configure(experiment)
     modes = {"train": _train, "eval": _eval, "generate": _generate, "prepare": _prepare}
-    return modes[_MODE.value](experiment, workdir)
+    return modes[_MODE.value](experiment, _workdir())
+
+
+def _workdir() -> str:
+    return _WORKDIR.value or f"runs/{_EXPERIMENT.value}"
 
 
 def _resolve() -> tuple[Experiment, Experiment]:
     """Returns the experiment with the overrides, and as it was before them."""
-    stored = epath.Path(_WORKDIR.value or f"runs/{_EXPERIMENT.value}") / "config.json"
+    stored = epath.Path(_workdir()) / "config.json"
     if _MODE.value in ("eval", "generate") and (_WORKDIR.value or _EXPERIMENT.value):
         if not stored.exists():
             raise ConfigError(
                 f"{stored.parent} has no config.json: nothing was trained there"
             )
-        base = config.from_json(Experiment, json.loads(stored.read_text()))
+        try:
+            base = config.from_json(Experiment, json.loads(stored.read_text()))
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{stored} is not JSON ({error}); --mode=train writes it anew"
+            ) from error
         if _EXPERIMENT.value not in ("", base.name):
             raise ConfigError(
                 f"{stored.parent} holds a run of {base.name}, not of {_EXPERIMENT.value}"
@@ -120,7 +131,7 @@ def _configure(experiment: Experiment) -> None:
     flax.config.update("nnx_graph_updates", False)
     cache = experiment.train.compilation_cache or "~/.cache/lm/jax"
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if experiment.train.deterministic:
         flag = " --xla_gpu_deterministic_ops=true"
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag

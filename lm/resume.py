@@ -59,9 +59,11 @@ def changes(stored: Mapping[str, Any], now: Experiment) -> list[str]:
         else:
             allowed.append(line)
     if refused:
+        fix = "restore them, or use another --workdir"
+        if not any(line.startswith("model.") for line in refused):
+            fix += "; --set train.init_from=DIR takes the weights alone to it"
         raise ConfigError(
-            f"the checkpoint is of another run: {'; '.join(refused)}; use another --workdir, or "
-            "take its weights alone with --set train.init_from=DIR"
+            f"the checkpoint is of another run: {'; '.join(refused)}; {fix}"
         )
     return allowed
 

@@ -230,11 +230,12 @@ def storage(name: str, shape: Sequence[int], axes: Sequence[str]) -> P:
 
 def gathered(partition: P) -> P:
     """Returns the spec of a stored weight once it is gathered for use (ZeRO-3)."""
-    kept = [tuple(a for a in _names(entry) if a not in GATHERED) for entry in partition]
+    kept = [tuple(a for a in names(entry) if a not in GATHERED) for entry in partition]
     return _partition(kept, kept)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def names(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -253,9 +254,7 @@ def make_rules(config: MeshConfig) -> Rules:
     return Rules(residual=residual)
 
 
-def make_layout(
-    config: MeshConfig, devices: Sequence[jax.Device] | None = None
-) -> Layout:
+def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Layout:
     """Builds the mesh over `devices` (default: all), nearest devices along the last axes.
 
     With fewer mesh entries than devices the first ones are used (one process only).
@@ -288,14 +287,13 @@ def abstract_layout(config: MeshConfig, devices: int, platform: str = "tpu") -> 
     return Layout(mesh, make_rules(config), platform)
 
 
-def platform(device: jax.Device) -> str:
+def platform(device: Any) -> str:
     """Returns "cpu", "gpu" or "tpu"."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    name: str = device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def _grid(
-    config: MeshConfig, shape: tuple[int, ...], devices: list[jax.Device]
-) -> np.ndarray:
+def _grid(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     from jax.experimental import mesh_utils
 
     if config.slices > 1:

@@ -42,7 +42,7 @@ jax.tree_util.register_dataclass(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """What is known of an experiment on a mesh before any array exists."""
 
@@ -131,10 +131,9 @@ def _zero1(layout: sharding.Layout, shape: jax.ShapeDtypeStruct, spec: P) -> P:
     extra = layout.axes("replica")
     if not extra:
         return spec
-    entries = [*spec, *[None] * (len(shape.shape) - len(spec))]
+    entries: list[Any] = list(spec) + [None] * (len(shape.shape) - len(spec))
     for i, entry in enumerate(entries):
-        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        over = (*names, *extra)
+        over = (*sharding.names(entry), *extra)
         if shape.shape[i] % math.prod(layout.mesh.shape[a] for a in over) == 0:
             entries[i] = over if len(over) > 1 else over[0]
             return P(*entries)
@@ -198,7 +197,7 @@ def make_train_step(
         grads = _placed(
             grads, prog.updates
         )  # reduce over data, with ZeRO-1 each its share
-        params = _placed(state.params, prog.updates)
+        params: Any = _placed(state.params, prog.updates)
         norm = optim.global_norm(grads, optim.frozen(config, prog.axes))
         ok, health = optim.judge(config.guard, state.health, sums["loss"], norm)
 
@@ -223,7 +222,8 @@ def make_train_step(
             "skipped": health["skipped"],
             "consecutive": health["consecutive"],
         }
-        return TrainState(state.step + 1, *kept, health), metrics
+        params, opt_state, ema = kept
+        return TrainState(state.step + 1, params, opt_state, ema, health), metrics
 
     return _compiled(prog, train_step, donate_argnums=0)
 
@@ -249,8 +249,10 @@ def average_of(prog: Program, state: TrainState) -> Params:
     return _compiled(prog, lambda params: optim.ema_init(place(params)))(state.params)
 
 
-def averaged(prog: Program, state: TrainState) -> Params:
-    """Returns the averaged parameters where the plain ones are stored."""
+def evaluated(prog: Program, state: TrainState) -> Params:
+    """Returns the weights to evaluate: the averaged ones where they are kept and wanted."""
+    if state.ema is None or not prog.experiment.eval.use_ema:
+        return state.params
     return _compiled(prog, functools.partial(_placed, specs=prog.specs))(state.ema)
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from jax import lax
 
 from lm import config, generate, sharding, train, trees
-from lm.config import ConfigError
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes, ByteTokenizer
 from lm.experiment import Experiment, Generate, Train
@@ -25,11 +25,14 @@ LENGTH = 48  # the context of these models, tokens
 
 def tiny(vocab_size=257, length=LENGTH, **model):
     """An experiment with a model of 2 layers, 16 wide."""
-    sizes = dict(layers=2, dim=16, heads=4, kv_heads=2, ffn=Mlp.Config(hidden=24))
+    sizes = {"layers": 2, "dim": 16, "heads": 4, "kv_heads": 2}
     return Experiment(
         name="tiny",
         model=Transformer.Config(
-            **{**sizes, "vocab_size": vocab_size, "vocab_multiple": 8, **model}
+            vocab_size=vocab_size,
+            vocab_multiple=8,
+            ffn=Mlp.Config(hidden=24),
+            **{**sizes, **model},
         ),
         data=Data(
             source=("x",),
@@ -236,8 +239,7 @@ def test_hardly_any_temperature_or_choice_is_greedy(top_k, top_p):
     with sharding.use(program(tiny()).layout):
         keys = jax.random.split(jax.random.key(2), 50)
         logits = jnp.array(np.tile(LOGITS, (50, 1)), jnp.float32)
-        with jax.debug_nans(True):
-            ids = generate.choose(settings, logits, keys)
+        ids = generate.choose(settings, logits, keys)
     assert set(np.asarray(ids).tolist()) == {LOGITS.argmax()}
 
 
@@ -320,10 +322,8 @@ def test_a_text_ends_at_its_mark_its_length_or_where_the_context_is_full():
     (line,) = lines
     assert "generate.tokens=6" in line and "data.length=8" in line and "\n" not in line
     assert sampled(prog, params, []) == []
-    with pytest.raises(ConfigError) as error:
+    with toy.refused("prompt 2", "9 tokens", "data.length=8"):
         sampled(prog, params, ["ab", "aaa\naaaa"])
-    (line,) = str(error.value).splitlines()
-    assert "prompt 2" in line and "9 tokens" in line and "data.length=8" in line
 
 
 def test_a_learned_position_beyond_the_context_is_never_read():
@@ -345,10 +345,10 @@ def test_a_learned_position_beyond_the_context_is_never_read():
 
 def test_a_prompt_that_is_no_text_and_weights_that_diverged_are_refused():
     prog, params = bigrams({EOT: 97})
-    with pytest.raises(ConfigError, match="prompt 1 is not UTF-8 text.*character 1"):
+    with toy.refused("prompt 1 is not UTF-8 text", "character 1"):
         sampled(prog, params, ["a\udc80"])
     params["embed_vd"] = params["embed_vd"] * jnp.nan
-    with pytest.raises(ConfigError, match="not finite"):
+    with toy.refused("not finite"):
         sampled(prog, params, ["a"], tokens=2, temperature=0.0)
 
 

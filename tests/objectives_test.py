@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
-from jax.sharding import PartitionSpec as P
 
 from lm import objectives, sharding
 from lm.objectives import Causal, Head
@@ -113,8 +112,9 @@ def test_any_chunk_is_the_same_sum(chunk):
 
 
 def test_logits_of_a_thousand_overflow_nothing():
+    """Each is rounded by 1000 eps, and so each probability is wrong by so much."""
     arrays = inputs(scale=300.0)
-    check(run(PLAIN, arrays), formula(PLAIN, *arrays))
+    check(run(PLAIN, arrays), formula(PLAIN, *arrays), eps=1000 * toy.EPS)
 
 
 def test_the_gradient_follows_what_is_done_to_the_loss():

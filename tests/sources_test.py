@@ -115,7 +115,7 @@ def test_a_file_that_is_not_utf8_is_named_with_its_offset(tmp_path):
     [
         ("text:DIR/*.txt", "no file matches DIR"),
         ("text:DIR/none.txt", "no file matches"),
-        ("books/*.txt", "expected tfds:NAME, text:GLOB or jsonl"),
+        ("books/*.txt", "expected tfds:NAME, text:GLOB"),
         ("tfds:lm1b", "not prepared under DIR; prepare it with `tfds build lm1b"),
         ("tfds:lm1bb", "has no data set 'lm1bb'; did you mean 'lm1b'"),
         ("tfds:lm_text/slise", "did you mean 'lm_text/slice'"),
@@ -201,3 +201,15 @@ def test_what_cleaning_does(raw, clean):
 def test_a_step_of_cleaning_can_be_left_out():
     assert cleaning.Cleaning(line_ends=False, control=False).clean("a\r\n") == "a\r\n"
     assert cleaning.Cleaning(nfc=False).clean("e\u0301") == "e\u0301"
+
+
+def test_a_text_file_is_cut_at_blank_lines(tmp_path):
+    paragraphs = [f"{i} " + "word " * 30 + "\n\n" for i in range(50)]
+    (tmp_path / "book.txt").write_text("".join(paragraphs))
+    source = sources.find(f"text:{tmp_path}/book.txt#1k")
+    pieces = [d for part in source.parts("train") for d in part.documents()]
+    assert "".join(pieces) == "".join(paragraphs)  # nothing lost, nothing twice
+    assert len(pieces) > 5
+    assert all(1024 <= len(p) <= 2048 and p.endswith("\n\n") for p in pieces[:-1])
+    whole = sources.find(f"text:{tmp_path}/book.txt")
+    assert whole.fingerprint("train") != source.fingerprint("train")

@@ -23,8 +23,9 @@ from lm.data.tokenizer import Bytes
 from lm.experiment import Experiment, Train
 from lm.models.transformer import Transformer
 from lm.nn.attention import Attention
-from lm.nn.layers import dropout, dropout_keys
+from lm.nn.blockwise import Mask, Tokens
 from lm.nn.ffn import Mlp
+from lm.nn.layers import dropout, dropout_keys
 from lm.optim import Constant, Optim, Sgd
 
 ROWS, LENGTH, VOCAB = 16, 16, 257
@@ -158,13 +159,48 @@ def _initial(chosen: Experiment) -> Any:
     return jax.tree.map(np.asarray, train.make_init(prog)(jax.random.key(1)))
 
 
-def start(prog: train.Program) -> train.TrainState:
-    """Returns the initial state: computed on one device, put where the program wants it."""
-    one = dataclasses.replace(
-        prog.experiment, mesh=BASE.mesh, train=BASE.train, model=prog.experiment.model
-    )
-    where = jax.tree.map(lambda x: x.sharding, train.abstract_state(prog))
-    return jax.device_put(_initial(one), where)
+def start(prog: train.Program, noise: float = 0.0) -> train.TrainState:
+    """Returns the initial state: computed on one device, put where the program wants it.
+
+    With `noise`, parameters are normal numbers of that size instead, around 1 for scales: no bias
+    is 0, and nothing is compiled.
+    """
+    abstract = train.abstract_state(prog)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    if not noise:
+        one = dataclasses.replace(prog.experiment, mesh=BASE.mesh, train=BASE.train)
+        return jax.device_put(_initial(one), where)
+    rng = np.random.default_rng(3)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    params = {
+        path: noise * rng.standard_normal(x.shape, np.float32) + path.endswith("scale_d")
+        for path, x in prog.shapes.items()
+    }
+    params = trees.nest({k: v.astype(np.float32) for k, v in params.items()})
+    ema = params if state.ema is not None else None
+    return jax.device_put(dataclasses.replace(state, params=params, ema=ema), where)
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    """Returns the leaves by path, on the host."""
+    return {path: np.asarray(x) for path, x in trees.flatten(tree).items()}
+
+
+def hidden(prog: train.Program) -> Any:
+    """Returns a compiled function from parameters and a host's batch to hidden states and logits."""
+
+    @jax.jit
+    def run(params, batch):
+        tokens = Tokens(batch["positions"], batch["segments"])
+        model = prog.model(params)
+        x_BTD, _, _ = model(batch["tokens"], tokens, None, prog.experiment.data.isolate)
+        return x_BTD, model.logits(x_BTD)
+
+    def call(params, host):
+        with sharding.use(prog.layout):
+            return [np.asarray(x) for x in run(params, place(prog, host))]
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +226,10 @@ def run(
         state, sums = step(state, place(prog, host))
         metrics.append({k: float(v) for k, v in sums.items()})
         if not gradient and isinstance(prog.experiment.optim.algorithm, Sgd):
-            momentum = {k: np.array(v) for k, v in trees.flatten(state.opt_state).items()}
+            momentum = flat(state.opt_state)
             gradient = {p: _ending(momentum, p) for p in prog.shapes}
-    params = {k: np.asarray(v) for k, v in trees.flatten(state.params).items()}
     losses = [m["loss"] for m in metrics]
-    return Run(step.as_text(), losses, metrics, gradient, params, state)
+    return Run(step.as_text(), losses, metrics, gradient, flat(state.params), state)
 
 
 def _ending(leaves: dict[str, np.ndarray], path: str) -> np.ndarray:
@@ -260,8 +295,6 @@ def _rope(x, positions, base):
 
 
 def _mixer(c: Transformer.Config, p, x, batch):
-    from lm.nn.blockwise import Mask, Tokens
-
     shift = lambda name: p.get(f"mixer/{name}", 0.0)  # noqa: E731
     q = jnp.einsum("btd,dnh->btnh", x, p["mixer/query_dnh"]) + shift("query_bias_nh")
     k = jnp.einsum("btd,dkh->btkh", x, p["mixer/key_dkh"]) + shift("key_bias_kh")

@@ -19,7 +19,7 @@ import lzma
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from absl import logging
 from etils import epath
@@ -129,7 +129,9 @@ def builder_class() -> Any:
         """The text embedded in `lm`."""
 
         VERSION = tfds.core.Version(VERSION)
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config) for config in CONFIGS]
+        BUILDER_CONFIGS: ClassVar = [
+            tfds.core.BuilderConfig(name=config) for config in CONFIGS
+        ]
 
         def _info(self) -> tfds.core.DatasetInfo:
             features = {feature: tfds.features.Text() for feature in FEATURES}

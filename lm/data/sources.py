@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import stat as statmode
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -60,7 +61,9 @@ def find(spec: str, tfds_dir: str = "") -> Source:
     """Returns the source that `spec` names.
 
     Args:
-        spec: `tfds:NAME[/CONFIG][#FIELD]`, `text:GLOB` or `jsonl:GLOB#FIELD`.
+        spec: `tfds:NAME[/CONFIG][#FIELD]`, `text:GLOB[#SIZE]` or `jsonl:GLOB#FIELD`. A
+            text file is one document, or with a SIZE such as 16k or 1M it is cut into
+            documents of about that many bytes, at blank lines.
         tfds_dir: where TFDS keeps prepared data sets; "" for its default.
 
     Raises:
@@ -70,10 +73,14 @@ def find(spec: str, tfds_dir: str = "") -> Source:
     kind, _, rest = spec.partition(":")
     if not rest or kind not in ("tfds", "text", "jsonl"):
         raise ConfigError(
-            f"data.source={spec!r}: expected tfds:NAME, text:GLOB or jsonl:GLOB#FIELD"
+            f"data.source={spec!r}: expected tfds:NAME, text:GLOB[#SIZE] or "
+            "jsonl:GLOB#FIELD"
         )
     if kind == "text":
-        return TextFiles(spec, _glob(spec, rest))
+        cut = re.search(r"#(\d+)([kM]?)$", rest)
+        size = int(cut[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[cut[2]] if cut else 0
+        pattern = rest[: cut.start()] if cut else rest
+        return TextFiles(spec, _glob(spec, pattern), size)
     name, _, field = rest.partition("#")
     if kind == "jsonl":
         return JsonLines(spec, _glob(spec, name), field or "text")
@@ -142,10 +149,11 @@ def _remote_glob(pattern: str) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-    """Text files, a document a file."""
+    """Text files, a document a file, or cut into documents of about `cut` bytes."""
 
     spec: str
     files: tuple[File, ...]
+    cut: int  # bytes; 0: whole files
     own_splits = False
 
     def parts(self, split: str) -> list["TextPart"]:
@@ -155,16 +163,17 @@ class TextFiles:
             if groups[-1] and sum(f.size for f in groups[-1]) + file.size > _PART:
                 groups.append([])
             groups[-1].append(file)
-        return [TextPart(tuple(group)) for group in groups]
+        return [TextPart(tuple(group), self.cut) for group in groups]
 
     def fingerprint(self, split: str) -> str:
         del split
-        return identity(self.files, "text")
+        return identity(self.files, "text", str(self.cut))
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPart:
     files: tuple[File, ...]
+    cut: int
 
     @property
     def size(self) -> int:
@@ -172,7 +181,19 @@ class TextPart:
 
     def documents(self) -> Iterator[str]:
         for file in self.files:
-            yield decode(epath.Path(file.path).read_bytes(), file.path)
+            text = decode(epath.Path(file.path).read_bytes(), file.path)
+            yield from _pieces(text, self.cut) if self.cut else [text]
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Cuts after the first blank line that is `size` characters on, else at line ends."""
+    at = 0
+    while at < len(text):
+        blank = re.compile(r"\r?\n\s*\n").search(text, at + size, at + 2 * size)
+        line = text.find("\n", at + size)
+        end = blank.end() if blank else line + 1 if line >= 0 else len(text)
+        yield text[at:end]
+        at = end
 
 
 def decode(data: bytes, where: str, offset: int = 0) -> str:

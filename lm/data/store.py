@@ -124,28 +124,20 @@ def obtain(
         ConfigError: an unknown split, bad text (named), no text at all, a full or
             read-only disk.
     """
-    if not source.own_splits and split not in ("train", "validation"):
-        raise ConfigError(
-            f"data.split={split}: {source.spec} has the splits train and validation "
-            f"(data.holdout={holdout} of its documents)"
-        )
+    _known_split(source, split, holdout)
+    fraction = None if source.own_splits else holdout
     key = {
         "format": FORMAT,
         "source": source.fingerprint(split),
         "split": split,
-        "holdout": None if source.own_splits else holdout,
+        "holdout": fraction,
         "cleaning": config.to_json(cleaning),
         "tokenizer": coder.fingerprint,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     label = re.sub(r"[^A-Za-z0-9]+", "-", f"{source.spec}-{split}").strip("-")[:60]
-    job = workers.Job(
-        cleaning,
-        coder.files(),
-        split,
-        None if source.own_splits else holdout,
-        "uint16" if coder.size <= 1 << 16 else "uint32",
-    )
+    dtype = "uint16" if coder.size <= 1 << 16 else "uint32"
+    job = workers.Job(cleaning, coder.files(), split, fraction, dtype)
 
     def build(directory: pathlib.Path) -> dict[str, Any]:
         coder.token_bytes.tofile(directory / "token_bytes")
@@ -166,6 +158,14 @@ def obtain(
     return Store(*artifacts.obtain(store_dir, f"{label}-{digest}", build))
 
 
+def _known_split(source: sources.Source, split: str, holdout: float) -> None:
+    if not source.own_splits and split not in ("train", "validation"):
+        raise ConfigError(
+            f"data.split={split}: {source.spec} has the splits train and validation "
+            f"(data.holdout={holdout} of its documents)"
+        )
+
+
 def _nothing(
     source: sources.Source, split: str, holdout: float, counts: dict[str, int]
 ) -> str:
@@ -173,7 +173,7 @@ def _nothing(
     fix = "name a source with text"
     if not source.own_splits:
         why += f" in {split!r} (data.holdout={holdout}, by hash of the document)"
-        fix += ", cut it into more files or lines, or change data.holdout"
+        fix += ", cut it into more documents (text:FILE#16k), or change data.holdout"
     return f"data.source={source.spec}: no text, {why}; {fix}"
 
 

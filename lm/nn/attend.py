@@ -13,7 +13,7 @@ Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, 
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -210,4 +210,4 @@ def _splash(mask, q, k, v, q_seg, kv_seg):
     if k.shape[1] != q.shape[1]:
         k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = jax.vmap(run)(q, k, v, kernel.SegmentIds(q_seg, kv_seg))
-    return out.transpose(0, 2, 1, 3)
+    return cast("Array", out).transpose(0, 2, 1, 3)

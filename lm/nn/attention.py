@@ -96,6 +96,7 @@ class Attention(nnx.Module):
                 lax.dynamic_update_slice(c, a.astype(c.dtype), start)
                 for c, a in zip(cache, (k, v), strict=True)
             )
+            assert side.cached is not None, "a cache comes with the tokens in it"
             cache, kv_tokens = (k, v), side.cached
         mask = Mask(
             scale=self.head_dim**-0.5,

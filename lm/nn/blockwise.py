@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -47,7 +46,7 @@ class Tokens:
 jax.tree_util.register_dataclass(Tokens, ["positions", "segments"], [])
 
 
-def visible(mask: Mask, q: Tokens, kv: Tokens) -> jax.Array | np.ndarray:
+def visible(mask: Mask, q: Tokens, kv: Tokens) -> Any:
     """Returns [B, T, S], true where the query may see the key."""
     seen = q.segments[:, :, None] == kv.segments[:, None, :]
     distance = q.positions[:, :, None] - kv.positions[:, None, :]

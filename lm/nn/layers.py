@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class RmsNorm(nnx.Module):
         self.scale_d = param(rngs, (dim,), (axis,))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return _normalize(False, self.eps, x, _like(self.scale_d[...], x))
+        return normalize(False, self.eps, x, self.scale_d[...])
 
 
 class LayerNorm(nnx.Module):
@@ -44,18 +44,22 @@ class LayerNorm(nnx.Module):
         self.bias_d = param(rngs, (dim,), (axis,), std=0.0) if config.bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        y = _normalize(True, self.eps, x, _like(self.scale_d[...], x))
+        y = normalize(True, self.eps, x, self.scale_d[...])
         return (
             y if self.bias_d is None else y + _like(self.bias_d[...].astype(y.dtype), y)
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalize(center: bool, eps: float, x: Array, scale: Array) -> Array:
-    """Returns x over the root of its mean square, times scale; centered first or not.
+def normalize(center: bool, eps: float, x: Array, scale_D: Array) -> Array:
+    """Returns x over the root of its mean square, times the scale; centered first or not.
 
     Its backward keeps one number a row (two if centered) instead of what autodiff would.
     """
+    return cast("Array", _normalize(center, eps, x, _like(scale_D, x)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalize(center, eps, x, scale):
     return _normalize_fwd(center, eps, x, scale)[0]
 
 

@@ -4,6 +4,7 @@
 """
 
 import contextvars
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,50 +46,46 @@ def manual(
 
     # The backward's structure, known once the forward is traced; by the vmaps around it.
     cell: dict[int, tuple[Any, list[int | None]]] = {}
-
-    def forward(*args: Any) -> Any:
-        floats = _floats(args)
-
-        def run(*shards: Any) -> Any:
-            def of_floats(*values: Any) -> Any:
-                given = dict(zip(floats, values, strict=True))
-                return body(*(given.get(i, a) for i, a in enumerate(shards)))
-
-            out, vjp = jax.vjp(of_floats, *(shards[i] for i in floats))
-            leaves, tree = jax.tree.flatten(vjp)
-            places = {
-                id(a): i for i, a in enumerate((*shards, *out))
-            }  # these are saved once
-            known = [places.get(id(leaf)) for leaf in leaves]
-            cell[_vmaps.get()] = tree, known
-            return out, [
-                x[None] for x, i in zip(leaves, known, strict=True) if i is None
-            ]
-
-        out, rest = region(run, in_specs, (out_specs, sharding.everywhere()))(*args)
-        out, rest = jax.tree.map(lambda x: checkpoint_name(x, name), (out, rest))
-        return out, (*args, *out, *rest)
-
-    def backward(saved: Any, cotangents: Any) -> Any:
-        count = len(in_specs) + len(out_specs)
-
-        def run(*shards: Any) -> Any:
-            tree, known = cell[_vmaps.get()]
-            rest = iter(shards[count : len(saved)])
-            leaves = [next(rest)[0] if i is None else shards[i] for i in known]
-            return jax.tree.unflatten(tree, leaves)(shards[len(saved) :])
-
-        floats = _floats(saved[: len(in_specs)])
-        rows = (sharding.everywhere(),) * (len(saved) - count)
-        ins = (*in_specs, *out_specs, *rows, *out_specs)
-        grads = region(run, ins, tuple(in_specs[i] for i in floats))(
-            *saved, *cotangents
-        )
-        given = dict(zip(floats, grads, strict=True))
-        return tuple(given.get(i) for i in range(len(in_specs)))
-
-    call.defvjp(forward, backward)
+    forward = functools.partial(_forward, cell, body, in_specs, out_specs, name)
+    call.defvjp(forward, functools.partial(_backward, cell, in_specs, out_specs))
     return call
+
+
+def _forward(cell, body, in_specs, out_specs, name, *args):
+    floats = _floats(args)
+
+    def run(*shards: Any) -> Any:
+        def of_floats(*values: Any) -> Any:
+            given = dict(zip(floats, values, strict=True))
+            return body(*(given.get(i, a) for i, a in enumerate(shards)))
+
+        out, vjp = jax.vjp(of_floats, *(shards[i] for i in floats))
+        leaves, tree = jax.tree.flatten(vjp)
+        places = {id(a): i for i, a in enumerate((*shards, *out))}  # saved once
+        known = [places.get(id(leaf)) for leaf in leaves]
+        cell[_vmaps.get()] = tree, known
+        return out, [x[None] for x, i in zip(leaves, known, strict=True) if i is None]
+
+    out, rest = region(run, in_specs, (out_specs, sharding.everywhere()))(*args)
+    out, rest = jax.tree.map(lambda x: checkpoint_name(x, name), (out, rest))
+    return out, (*args, *out, *rest)
+
+
+def _backward(cell, in_specs, out_specs, saved, cotangents):
+    count = len(in_specs) + len(out_specs)
+
+    def run(*shards: Any) -> Any:
+        tree, known = cell[_vmaps.get()]
+        rest = iter(shards[count : len(saved)])
+        leaves = [next(rest)[0] if i is None else shards[i] for i in known]
+        return jax.tree.unflatten(tree, leaves)(shards[len(saved) :])
+
+    floats = _floats(saved[: len(in_specs)])
+    rows = (sharding.everywhere(),) * (len(saved) - count)
+    ins = (*in_specs, *out_specs, *rows, *out_specs)
+    grads = region(run, ins, tuple(in_specs[i] for i in floats))(*saved, *cotangents)
+    given = dict(zip(floats, grads, strict=True))
+    return tuple(given.get(i) for i in range(len(in_specs)))
 
 
 def _floats(args: Sequence[Any]) -> list[int]:

@@ -8,6 +8,7 @@ backward that XLA's CPU backend runs well.
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,18 +85,17 @@ def einsum(
     if layout.platform != "cpu":
         return jnp.einsum(subscripts, x, w, out_sharding=out)
     if layout.mesh.size > 1:
-        return _einsum_cpu(subscripts, out, x, w)
+        return cast("jax.Array", _einsum_cpu(subscripts, out, x, w))
     left, right = subscripts.split("->")[0].split(",")
     shared = sum(letter in left for letter in right)
     lead, rest = x.shape[: x.ndim - shared], w.shape[shared:]
     x_MC, w_CN = x.reshape(math.prod(lead), -1), w.reshape(-1, math.prod(rest))
-    return _einsum_cpu("mc,cn->mn", None, x_MC, w_CN).reshape(*lead, *rest)
+    y_MN = cast("jax.Array", _einsum_cpu("mc,cn->mn", None, x_MC, w_CN))
+    return y_MN.reshape(*lead, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum_cpu(
-    subscripts: str, out: P | None, x: jax.Array, w: jax.Array
-) -> jax.Array:
+def _einsum_cpu(subscripts: str, out: P | None, x: jax.Array, w: jax.Array) -> Any:
     return jnp.einsum(subscripts, x, w, out_sharding=out)
 
 

@@ -1,6 +1,7 @@
 """What chips can do at best: the denominators of MFU. Adding a chip is adding a row."""
 
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ PEAK = {
 }
 
 
-def peak_flops(device: jax.Device, devices: int) -> float | None:
+def peak_flops(device: Any, devices: int) -> float | None:
     """Returns the best operations a second of one of `devices` devices; None if unknown.
 
     A CPU is measured on the spot (a tenth of a second), in fp32; emulated devices share it.

@@ -1,0 +1,1 @@
+"""What `lm` costs, measured against bare JAX and PyTorch; see `benchmarks/README.md`."""
