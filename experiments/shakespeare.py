@@ -3,33 +3,36 @@
 from lm.data.loader import Data
 from lm.data.tokenizer import SentencePiece
 from lm.experiment import Checkpoint, Eval, EvalSet, Experiment, Generate, Train
+from lm.matrices import Muon
 from lm.models.transformer import Transformer
 from lm.optim import Cosine, Optim
 
 
 def experiment() -> Experiment:
-    """Returns a small Transformer that learns to write plays."""
+    """Returns 2.2 M parameters that see 1.2 M tokens, three quarters of the plays."""
     return Experiment(
         name="shakespeare",
-        about="38 plays; two held out whole for validation, two for the test",
+        about="34 plays; two more are held out whole for validation, two for the test",
         model=Transformer.Config(
             layers=4,
-            dim=256,
-            heads=4,
-            kv_heads=4,
+            dim=192,
+            heads=3,
+            kv_heads=3,
             vocab_size=2048,
-            dropout=0.0,
-            scan=False,
+            scan=False,  # four layers unrolled run a tenth faster on a CPU
         ),
         data=Data(
-            source=("tfds:lm_text/shakespeare",), length=256, tokenizer=SentencePiece()
+            source=("tfds:lm_text/shakespeare",),
+            length=256,
+            tokenizer=SentencePiece(model_type="bpe", sample_bytes=4_000_000),
         ),
-        optim=Optim(learning_rate=3e-3, schedule=Cosine(warmup=50)),
-        train=Train(steps=600, batch_size=16, log_every=10),
-        eval=Eval(
-            every=200,
-            sets=(EvalSet(name="valid"),),
+        optim=Optim(
+            algorithm=Muon(),
+            learning_rate=6e-3,
+            schedule=Cosine(warmup=20, end=0.02),
         ),
+        train=Train(steps=600, batch_size=8),
+        eval=Eval(every=200, batch_size=16, sets=(EvalSet(),)),
         checkpoint=Checkpoint(every=200),
-        generate=Generate(tokens=200, samples=1, prompts=("HAMLET.", "JULIET.")),
+        generate=Generate(tokens=160, prompts=("HAMLET.\n", "JULIET.\n")),
     )

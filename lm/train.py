@@ -131,9 +131,9 @@ def _zero1(layout: sharding.Layout, shape: jax.ShapeDtypeStruct, spec: P) -> P:
     extra = layout.axes("replica")
     if not extra:
         return spec
-    entries: list[Any] = list(spec) + [None] * (len(shape.shape) - len(spec))
+    entries: Any = [*spec, *[None] * (len(shape.shape) - len(spec))]
     for i, entry in enumerate(entries):
-        over = (*sharding.names(entry), *extra)
+        over: tuple[str, ...] = sharding.names(entry) + extra
         if shape.shape[i] % math.prod(layout.mesh.shape[a] for a in over) == 0:
             entries[i] = over if len(over) > 1 else over[0]
             return P(*entries)

@@ -74,6 +74,7 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(monkeypatch, capsys):
     assert exit_.value.code == 2
 
 
+@pytest.mark.slow
 def test_the_gpu_contestants_are_one_model():
     sizes = gpu_steps.sizes(2, toy=True)
     losses = [

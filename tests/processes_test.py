@@ -10,7 +10,12 @@ from lm import loop
 
 # Two devices in each of two processes, or four of this one's eight.
 MESH = {"mesh.data": 2, "mesh.fsdp": 2}
-LONG = {**MESH, "train.steps": 100_000, "optim.schedule": "Constant", "checkpoint.every": 0}
+LONG = {
+    **MESH,
+    "train.steps": 100_000,
+    "optim.schedule": "Constant",
+    "checkpoint.every": 0,
+}
 # Sums over processes add in another order than sums within one; losses in float32.
 ROUNDING = 1e-5
 
@@ -28,7 +33,12 @@ def start_two(workdir, changed):
 
 def ends(children):
     """Waits for both; returns their exit codes and what they printed since."""
-    outputs = [child.communicate(timeout=120)[0] for child in children]
+    try:
+        outputs = [child.communicate(timeout=120)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()  # where one did not end
+            child.communicate()
     return [child.returncode for child in children], outputs
 
 

@@ -14,7 +14,9 @@ from lm.config import ConfigError
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"^```\n(.*?)^```", README, re.M | re.S))
-SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
+SPANS = re.findall(
+    r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
+)
 COMMANDS = [
     line
     for line in BLOCKS.splitlines()
@@ -56,14 +58,18 @@ def test_a_command_line_is_understood(command):
 )
 def test_an_assignment_in_the_text_has_a_field_and_a_type(assignment):
     try:
-        config.override(experiment.load("shakespeare"), [assignment.replace("=N", "=2")])
+        config.override(
+            experiment.load("shakespeare"), [assignment.replace("=N", "=2")]
+        )
     except ConfigError as error:  # a check of other fields may refuse it alone
         assert not str(error).startswith("--set"), error
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted({s for s in SPANS if re.fullmatch(rf"({'|'.join(PARTS)})(\.[a-z_0-9]+)+", s)}),
+    sorted(
+        {s for s in SPANS if re.fullmatch(rf"({'|'.join(PARTS)})(\.[a-z_0-9]+)+", s)}
+    ),
 )
 def test_a_path_in_the_text_is_a_field(path):
     leaves = config.flatten(experiment.load("shakespeare"))
@@ -79,7 +85,9 @@ def test_the_make_targets_exist():
 
 
 def test_the_files_and_experiments_named_exist():
-    files = [s for s in SPANS if re.fullmatch(r"(lm|experiments|docs|tests)/\S+\.\w+", s)]
+    files = [
+        s for s in SPANS if re.fullmatch(r"(lm|experiments|docs|tests)/\S+\.\w+", s)
+    ]
     missing = [f for f in files if "NAME" not in f and not (ROOT / f).exists()]
     assert not missing
     table = README.partition("| experiment | what |")[2].partition("\n\n")[0]

@@ -65,7 +65,9 @@ def test_stopped_by_sigterm_and_resumed_is_uninterrupted(copied, whole):
     same_run(copied, whole)
     again = runs.small(copied)
     assert again.code == loop.DONE
-    assert again.err.splitlines()[-1] == f"nothing to do: {copied} is at step 12 already"
+    assert (
+        again.err.splitlines()[-1] == f"nothing to do: {copied} is at step 12 already"
+    )
     same_run(copied, whole)
 
 
@@ -137,7 +139,9 @@ def test_the_next_ten_losses_on_a_mesh_agree(tmp_path):
 def test_every_mesh_saves_the_same_digests_and_examples(tmp_path):
     """Initialisation and its checkpoint know no mesh: a step of rate 0 shows them."""
     found = []
-    for k, mesh in enumerate(({}, {"mesh.data": 4, "mesh.tensor": 2}, {"mesh.fsdp": 4})):
+    for k, mesh in enumerate(
+        ({}, {"mesh.data": 4, "mesh.tensor": 2}, {"mesh.fsdp": 4})
+    ):
         changed = {**mesh, "train.steps": 1, "optim.learning_rate": 0.0}
         changed |= {"optim.weight_decay": 0.0, "optim.schedule.warmup": 0}
         assert runs.small(tmp_path / str(k), changed).code == loop.DONE

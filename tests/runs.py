@@ -156,4 +156,6 @@ def losses(workdir: Any) -> dict[int, float]:
 def digests(workdir: Any, step: int) -> dict[str, int]:
     """Returns {path: digest} of the arrays of a checkpoint; equal digests, equal bits."""
     path = pathlib.Path(workdir) / "checkpoints" / str(step) / "run" / "arrays.json"
-    return {name: entry["digest"] for name, entry in json.loads(path.read_text()).items()}
+    return {
+        name: entry["digest"] for name, entry in json.loads(path.read_text()).items()
+    }
