@@ -35,7 +35,11 @@ class Log:
             "mfu": flops.train(model, length, causal=False),
             "mfu_causal": flops.train(model, length, causal=True),
         }
-        devices = prog.layout.mesh.size
+        self._peak: float | None = None  # operations a second of the whole mesh
+
+    def measure(self) -> None:
+        """Looks the peak of the devices up, or measures that of a CPU (a tenth of a second)."""
+        devices = self._prog.layout.mesh.size
         peak = chips.peak_flops(jax.devices()[0], devices)
         self._peak = peak * devices if peak else None
 

@@ -118,6 +118,7 @@ def _report_start(
     watch.mark("first step")
     writer.write("startup", step, watch.report())
     terminal.print(watch.line())
+    log.measure()
     log.restart()
 
 

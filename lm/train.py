@@ -135,7 +135,7 @@ def _zero1(layout: sharding.Layout, shape: jax.ShapeDtypeStruct, spec: P) -> P:
     for i, entry in enumerate(entries):
         over: tuple[str, ...] = sharding.names(entry) + extra
         if shape.shape[i] % math.prod(layout.mesh.shape[a] for a in over) == 0:
-            entries[i] = over if len(over) > 1 else over[0]
+            entries[i] = over[0] if len(over) == 1 else over
             return P(*entries)
     return spec
 

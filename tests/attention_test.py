@@ -133,7 +133,10 @@ def test_a_promise_of_whole_rows_changes_nothing(window, G):
     tokens = Tokens(jnp.asarray(row), jnp.ones((B, T), jnp.int32))
     arrays, cotangents = inputs(G)
     f = lambda *a: quadratic.attention(mask, False, *a, tokens, tokens)  # noqa: E731
-    check(everything(f, arrays, cotangents), formula(mask, arrays, cotangents, tokens, tokens))
+    check(
+        everything(f, arrays, cotangents),
+        formula(mask, arrays, cotangents, tokens, tokens),
+    )
 
 
 @pytest.mark.parametrize("how", ["einsum", "blocks of 8"])
@@ -304,7 +307,9 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     tokens = Tokens(jnp.asarray(row), jnp.ones((B, T), jnp.int32))
     mask = Mask(scale=0.3, window=window)
     (q, k, v), _ = inputs()
-    out, lse = jax.jit(functools.partial(attend._cudnn, mask))(q.reshape(B, T, -1, H), k, v)
+    out, lse = jax.jit(functools.partial(attend._cudnn, mask))(
+        q.reshape(B, T, -1, H), k, v
+    )
     plain = jax.jit(functools.partial(toy.attention, mask))
     want, want_lse = plain(q, k, v, tokens, tokens)
     np.testing.assert_allclose(out, want.reshape(out.shape), atol=1e-5)

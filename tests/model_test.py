@@ -170,7 +170,9 @@ def test_dropout_belongs_to_the_example_not_to_its_place():
     np.testing.assert_array_equal(masks([8, 3]), all_of_them[[3, 0]])
     others = [masks([3], step=1), masks([3], seed=1), masks([3], site=1), masks([4])]
     for other in others:
-        assert 0.2 < (other != all_of_them[0]).mean() < 0.55  # 2 rate (1 - rate) = 0.375
+        assert (
+            0.2 < (other != all_of_them[0]).mean() < 0.55
+        )  # 2 rate (1 - rate) = 0.375
     flat = all_of_them.reshape(-1, 64)
     assert len(np.unique(flat, axis=0)) == len(flat)
 
@@ -179,7 +181,9 @@ def test_dropout_on_a_mesh_drops_the_same():
     """Also where a row is split over tensor."""
     layout = toy.layout(sharding.MeshConfig(data=2, tensor=4, sequence_parallel=True))
     with sharding.use(layout):
-        place = lambda x, *s: jax.device_put(x, sharding.shard(layout, sharding.spec(*s)))  # noqa: E731
+        place = lambda x, *s: jax.device_put(
+            x, sharding.shard(layout, sharding.spec(*s))
+        )  # noqa: E731
         index = place(np.arange(4, dtype=np.uint32), "batch")
         ones = place(np.ones((4, 8, 64), np.float32), "batch", "residual", None)
 
@@ -201,12 +205,18 @@ def gradient(*sets):
     params, batch = toy.start(prog, noise=0.1).params, toy.place(prog, toy.batch())
 
     def f(params, batch):
-        return train.gradients(prog, params, batch, jnp.int32(0), batch["weights"].sum())
+        return train.gradients(
+            prog, params, batch, jnp.int32(0), batch["weights"].sum()
+        )
 
     with sharding.use(prog.layout):
         compiled = jax.jit(f).lower(params, batch).compile()
     sums, grads = compiled(params, batch)
-    return float(sums["loss"]), toy.flat(grads), compiled.memory_analysis().temp_size_in_bytes
+    return (
+        float(sums["loss"]),
+        toy.flat(grads),
+        compiled.memory_analysis().temp_size_in_bytes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +225,22 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "way", ["model.remat=dots", "model.remat=attention", "model.remat=full", "model.scan=false"]
+    "way",
+    [
+        "model.remat=dots",
+        "model.remat=attention",
+        "model.remat=full",
+        "model.scan=false",
+    ],
 )
 def test_remat_and_unrolling_change_no_gradient(plain, way):
     """What is recomputed is computed from the same numbers, so rounding is all that may differ."""
     loss, grads, memory = gradient(way)
     assert abs(loss / plain[0] - 1) < 1e-6
     for path, want in plain[1].items():
-        assert toy.distance(grads[path], want) <= 4 * toy.EPS * np.linalg.norm(want), path
+        assert toy.distance(grads[path], want) <= 4 * toy.EPS * np.linalg.norm(want), (
+            path
+        )
     if "remat" in way:
         assert memory < plain[2]
     if way == "model.remat=full":
@@ -266,5 +284,7 @@ def test_a_shape_that_cannot_be_is_refused(change, words):
 
 
 def test_positions_beyond_the_learned_ones_are_refused():
-    with toy.refused("model.positions.length=8 is less than data.length=16", "raise it"):
+    with toy.refused(
+        "model.positions.length=8 is less than data.length=16", "raise it"
+    ):
         toy.experiment("model.positions=Learned", "model.positions.length=8")

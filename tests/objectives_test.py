@@ -49,12 +49,16 @@ def run(head, arrays, layout=None, factor=1.0):
         return factor * loss, nll
 
     with sharding.use(layout):
-        names = [("batch", "length", None), ("vocab", "embed")] + [("batch", "length")] * 2
+        names = [("batch", "length", None), ("vocab", "embed")] + [
+            ("batch", "length")
+        ] * 2
         put = [
             jax.device_put(a, sharding.shard(layout, sharding.spec(*n)))
             for a, n in zip(arrays, names, strict=True)
         ]
-        (loss, nll), (dx, dw) = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*put)
+        (loss, nll), (dx, dw) = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(
+            *put
+        )
         assert jax.typeof(dw).sharding.spec == sharding.spec("vocab", "embed")
     return loss, nll, dx, dw
 
@@ -129,7 +133,12 @@ def test_tokens_of_weight_0_count_for_nothing():
     x, w, targets, weights = inputs()
     other = weights == 0
     noise = 9 * np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
-    changed = np.where(other[..., None], noise, x), w, np.where(other, 3, targets), weights
+    changed = (
+        np.where(other[..., None], noise, x),
+        w,
+        np.where(other, 3, targets),
+        weights,
+    )
     a, b = run(PLAIN, inputs()), run(PLAIN, changed)
     for one, two in zip(a, b, strict=True):
         np.testing.assert_array_equal(one, two)

@@ -41,7 +41,10 @@ def test_sequence_parallelism_splits_the_residual_stream_over_tensor():
 
 
 def test_a_mesh_axis_used_twice_is_refused():
-    with sharding.use(layout(tensor=8)), pytest.raises(ValueError, match="two dimensions"):
+    with (
+        sharding.use(layout(tensor=8)),
+        pytest.raises(ValueError, match="two dimensions"),
+    ):
         sharding.spec("heads", "mlp")
     rules = Rules(batch=("data", "data"))
     twice = dataclasses.replace(layout(data=8), rules=rules)
@@ -50,7 +53,10 @@ def test_a_mesh_axis_used_twice_is_refused():
 
 
 def test_an_unknown_logical_axis_suggests_the_nearest():
-    with sharding.use(layout()), pytest.raises(ValueError, match="'embedd'; did you mean 'embed'"):
+    with (
+        sharding.use(layout()),
+        pytest.raises(ValueError, match="'embedd'; did you mean 'embed'"),
+    ):
         sharding.spec("batch", "embedd")
 
 
@@ -148,7 +154,9 @@ def test_an_indivisible_dimension_names_sizes_and_a_fix():
             sharding.storage("w", (32, 6), ("embed", "mlp"))
     with sharding.use(layout(fsdp=8)):
         with toy.refused("layers/ffn/up_df", "embed=20", "mesh.fsdp=8"):
-            sharding.storage("layers/ffn/up_df", (2, 20, 64), ("layers", "embed", "mlp"))
+            sharding.storage(
+                "layers/ffn/up_df", (2, 20, 64), ("layers", "embed", "mlp")
+            )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,9 @@ def test_too_few_kv_heads_leave_their_devices_to_the_width(kv_heads, sizes, spec
         assert sharding.storage("w", (256, kv_heads, 16), axes) == spec
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "tensor"), [(8, 2, 4), (32, 8, 16), (4, 4, 2)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor"), [(8, 2, 4), (32, 8, 16), (4, 4, 2)]
+)
 def test_each_device_attends_with_its_share_of_the_query_heads(
     monkeypatch, heads, kv_heads, tensor
 ):
@@ -231,7 +241,9 @@ def attention_with_gradients(implementation, q, k, v, positions, segments):
 
 
 @pytest.mark.parametrize("implementation", ["einsum", "blockwise"])
-@pytest.mark.parametrize("vmapped", [False, True], ids=["plain", "vmapped over replicas"])
+@pytest.mark.parametrize(
+    "vmapped", [False, True], ids=["plain", "vmapped over replicas"]
+)
 def test_attention_on_a_mesh_is_the_same_and_moves_nothing(vmapped, implementation):
     """Forward and backward compile to no collective at all but that of the scalar loss."""
     f = functools.partial(attention_with_gradients, implementation)
@@ -241,7 +253,11 @@ def test_attention_on_a_mesh_is_the_same_and_moves_nothing(vmapped, implementati
     on_mesh = layout(data=4, tensor=2)
     arrays, ids = attention_inputs((4,) if vmapped else ())
     lead = ("data", None) if vmapped else ("data",)
-    tails = [(None, "tensor", None, None), (None, "tensor", None), (None, "tensor", None)]
+    tails = [
+        (None, "tensor", None, None),
+        (None, "tensor", None),
+        (None, "tensor", None),
+    ]
     specs = [P(*lead, *tail) for tail in tails] + [P(*lead, None)] * 2
     put = [
         jax.device_put(x, sharding.shard(on_mesh, s))
@@ -256,7 +272,9 @@ def test_attention_on_a_mesh_is_the_same_and_moves_nothing(vmapped, implementati
         compiled = jax.jit(on_replicas if vmapped else f).lower(*put).compile()
     assert not toy.collectives(compiled.as_text(), on_mesh.mesh)
     for a, b in zip(want, compiled(*put), strict=True):
-        np.testing.assert_allclose(np.asarray(b).reshape(a.shape), a, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(b).reshape(a.shape), a, atol=2e-5, rtol=1e-5
+        )
 
 
 def body(x, w, n):
@@ -305,7 +323,10 @@ def test_arguments_are_shared_or_mapped_under_vmap():
     with sharding.use(on_mesh):
         split = lambda a: a.reshape(4, 2, *a.shape[1:])  # noqa: E731
         put = lambda a, *s: jax.device_put(a, sharding.shard(on_mesh, P(*s)))  # noqa: E731
-        rows, scalars = put(split(x), "data", "tensor", None), put(split(n), "data", "tensor")
+        rows, scalars = (
+            put(split(x), "data", "tensor", None),
+            put(split(n), "data", "tensor"),
+        )
 
         def run(rows, w, scalars):
             with sharding.replicas():
@@ -319,7 +340,9 @@ def test_arguments_are_shared_or_mapped_under_vmap():
     error = toy.distance(grad.reshape(8, 6), want[1][0])
     assert error < 1e-6 * np.linalg.norm(want[1][0])
     assert jax.typeof(grad).sharding.spec == P("data", "tensor", None)
-    assert not any("data" in c.axes for c in toy.collectives(compiled.as_text(), on_mesh.mesh))
+    assert not any(
+        "data" in c.axes for c in toy.collectives(compiled.as_text(), on_mesh.mesh)
+    )
 
 
 def test_a_region_may_hold_collectives_of_its_own():

@@ -173,7 +173,8 @@ def start(prog: train.Program, noise: float = 0.0) -> train.TrainState:
     rng = np.random.default_rng(3)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     params = {
-        path: noise * rng.standard_normal(x.shape, np.float32) + path.endswith("scale_d")
+        path: noise * rng.standard_normal(x.shape, np.float32)
+        + path.endswith("scale_d")
         for path, x in prog.shapes.items()
     }
     params = trees.nest({k: v.astype(np.float32) for k, v in params.items()})
@@ -347,7 +348,9 @@ def _logits(c: Transformer.Config, p, batch, masks):
         x = x + _ffn(c, layer, h) * masks[2 * i + 1]
     x = _norm(p, "norm", c.norm, x)
     z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
-    return x, z if c.head_softcap is None else c.head_softcap * jnp.tanh(z / c.head_softcap)
+    return x, z if c.head_softcap is None else c.head_softcap * jnp.tanh(
+        z / c.head_softcap
+    )
 
 
 def token_loss(objective, z, targets):
@@ -428,7 +431,8 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         elif line.startswith("  ") and bodies:
             lines.append(line)
     calls = {
-        name: {w for line in lines for w in re.findall(r"[\w.\-]+", line)} & bodies.keys()
+        name: {w for line in lines for w in re.findall(r"[\w.\-]+", line)}
+        & bodies.keys()
         for name, lines in bodies.items()
     }
     looped: set[str] = set()
@@ -451,7 +455,9 @@ def _crossed(line: str, mesh: jax.sharding.Mesh) -> frozenset[str]:
     crossed = set()
     for group in groups:
         places = np.unravel_index(np.asarray(group), mesh.devices.shape)
-        crossed |= {n for n, x in zip(mesh.axis_names, places, strict=True) if np.ptp(x)}
+        crossed |= {
+            n for n, x in zip(mesh.axis_names, places, strict=True) if np.ptp(x)
+        }
     return frozenset(crossed)
 
 
@@ -459,7 +465,9 @@ def _groups(line: str, devices: int) -> Any:
     """The groups of devices of a collective, in any of the ways that XLA writes them."""
     if iota := re.search(r"groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         ids = np.arange(devices).reshape(_ints(iota[2]))
-        return (ids.transpose(_ints(iota[3])) if iota[3] else ids).reshape(_ints(iota[1]))
+        return (ids.transpose(_ints(iota[3])) if iota[3] else ids).reshape(
+            _ints(iota[1])
+        )
     named = r"groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}"
     if named := re.search(named, line):
         axes = re.findall(r"'(\w+)'=(\d+)", named[1])
@@ -469,7 +477,9 @@ def _groups(line: str, devices: int) -> Any:
             ids = ids.transpose(_ints(named[3])) if named[3] else ids
         ids = ids.reshape([int(n) for _, n in axes])
         assert ":" not in named[4], f"a part of a mesh axis: {line[:400]}"
-        inside = [[a for a, _ in axes].index(a) for a in re.findall(r"'(\w+)'", named[4])]
+        inside = [
+            [a for a, _ in axes].index(a) for a in re.findall(r"'(\w+)'", named[4])
+        ]
         ids = np.moveaxis(ids, inside, range(-len(inside), 0))
         return ids.reshape(-1, math.prod(ids.shape[ids.ndim - len(inside) :]))
     if listed := re.search(r"(?:groups|pairs)=\{(\{[\d,{} ]+\})\}", line):
