@@ -79,7 +79,7 @@ def texts(
     if not prompts:
         return []
     context = prog.experiment.data.length
-    ids = [_encode(coder, i, prompt, context) for i, prompt in enumerate(prompts)]
+    ids = encode(coder, prompts, context)
     longest = max(map(len, ids))
     room = context + 1 - longest  # the last token is not read again
     if config.tokens > room:
@@ -282,6 +282,15 @@ def cast_once(prog: Program, params: Params) -> Params:
         if "norm" not in axes:
             flat[path] = flat[path].astype(dtype)
     return trees.nest(flat)
+
+
+def encode(coder: Tokenizer, prompts: Sequence[str], context: int) -> list[np.ndarray]:
+    """Returns each prompt's ids, after the end-of-text mark.
+
+    Raises:
+        ConfigError: a prompt that is no text, or longer than the context (tokens).
+    """
+    return [_encode(coder, i, prompt, context) for i, prompt in enumerate(prompts)]
 
 
 def _encode(coder: Tokenizer, i: int, prompt: str, context: int) -> np.ndarray:

@@ -63,6 +63,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
+    generate.encode(coder, experiment.generate.prompts, experiment.data.length)
     stores = loader.stores(experiment.data, coder)
     held_out = evaluate.stores(experiment, coder)
     watch.mark("data")

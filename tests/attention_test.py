@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import toy
 
 from lm import sharding
@@ -69,7 +70,7 @@ def everything(f, arrays, cotangents):
 def formula(mask, arrays, cotangents, q_tokens, kv_tokens):
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, cotangents))
-        f = lambda *a: toy.attention(mask, *a, q_tokens, kv_tokens)  # noqa: E731
+        f = lambda *a: reference.attention(mask, *a, q_tokens, kv_tokens)  # noqa: E731
         return everything(f, *wide)
 
 
@@ -160,7 +161,9 @@ def test_shares_of_the_keys_combine_by_their_log_sum_exp():
     (o0, s0), (o1, s1) = (share(q, k, v, tokens, t) for k, v, t in kv)
     lse = np.logaddexp(s0, s1)
     a, b = (np.exp(s - lse).transpose(0, 3, 1, 2)[..., None] for s in (s0, s1))
-    whole = jax.jit(functools.partial(toy.attention, mask))(q, k, v, tokens, tokens)
+    whole = jax.jit(functools.partial(reference.attention, mask))(
+        q, k, v, tokens, tokens
+    )
     np.testing.assert_allclose(lse, whole[1], atol=1e-5)
     np.testing.assert_allclose(o0 * a + o1 * b, whole[0], atol=1e-5)
 
@@ -225,7 +228,7 @@ def test_auto_takes_the_fastest_that_honours_the_case(hopper, change, choice):
 
 
 REFUSALS = [
-    ("cudnn", {"packed": True}, "the rows are packed (data.isolate=false"),
+    ("cudnn", {"packed": True}, "no segments and rows are packed (data.isolate=false"),
     ("cudnn", {"mask": Mask(scale=1.0, softcap=30.0)}, "no soft cap, here 30"),
     ("cudnn", {"dtype": "float32"}, "not float32"),
     ("cudnn", {"platform": "cpu"}, "needs an NVIDIA GPU, this is cpu"),
@@ -288,7 +291,7 @@ def test_splash_kernel_gets_the_right_arguments(options):
         run = jax.jit(functools.partial(attend._splash, mask))
         out = run(q, k, v, segments, segments)
     grouped = q.reshape(1, length, 2, 2, 64)
-    plain = jax.jit(functools.partial(toy.attention, mask))
+    plain = jax.jit(functools.partial(reference.attention, mask))
     want, _ = plain(grouped, k, v, tokens, tokens)
     np.testing.assert_allclose(out, want.reshape(out.shape), atol=2e-5)
 
@@ -310,7 +313,7 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     out, lse = jax.jit(functools.partial(attend._cudnn, mask))(
         q.reshape(B, T, -1, H), k, v
     )
-    plain = jax.jit(functools.partial(toy.attention, mask))
+    plain = jax.jit(functools.partial(reference.attention, mask))
     want, want_lse = plain(q, k, v, tokens, tokens)
     np.testing.assert_allclose(out, want.reshape(out.shape), atol=1e-5)
     np.testing.assert_allclose(lse, want_lse.reshape(lse.shape), atol=1e-5)

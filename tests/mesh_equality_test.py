@@ -1,7 +1,7 @@
 """The mesh never changes the maths: losses, gradients and training on every mesh are those of one
 device, with packing, dropout and accumulation.
 
-The measure is a float64 model written apart (`toy.reference`): what a mesh computes may be as far
+The measure is a float64 model written apart (`reference.gradient`): what a mesh computes may be as far
 from it as what one device computes in fp32, times a small constant, for it sums in another order.
 """
 
@@ -9,6 +9,7 @@ import functools
 
 import numpy as np
 import pytest
+import reference
 import toy
 
 STEPS = 5
@@ -40,7 +41,7 @@ def sgd_in_float64():
     prog = toy.program(*SGD)
     params, momentum, losses, first = initial(prog), {}, [], None
     for step, host in enumerate(BATCHES):
-        loss, grads = toy.reference(prog.experiment, params, host, step)
+        loss, grads = reference.gradient(prog.experiment, params, host, step)
         losses.append(loss)
         first = first or grads
         momentum = {k: g + 0.9 * momentum.get(k, 0.0) for k, g in grads.items()}
@@ -54,7 +55,7 @@ def adam_in_float64():
     prog = toy.program(*ADAM)
     params, losses, m, v = initial(prog), [], {}, {}
     for step, host in enumerate(BATCHES):
-        loss, grads = toy.reference(prog.experiment, params, host, step)
+        loss, grads = reference.gradient(prog.experiment, params, host, step)
         losses.append(loss)
         m = {k: 0.9 * m.get(k, 0.0) + 0.1 * g for k, g in grads.items()}
         v = {k: 0.999 * v.get(k, 0.0) + 0.001 * g**2 for k, g in grads.items()}
@@ -126,7 +127,7 @@ def test_every_part_of_the_model_has_its_gradient_on_a_mesh(kind, mesh):
     """Biases, learned positions, soft caps, a window, a head of its own, every activation."""
     prog = toy.program(*LAYOUTS[mesh], *kind)
     run = toy.run(prog, BATCHES[:1], toy.start(prog, noise=0.1))
-    loss, gradient = toy.reference(prog.experiment, initial(prog), BATCHES[0])
+    loss, gradient = reference.gradient(prog.experiment, initial(prog), BATCHES[0])
     assert abs(run.losses[0] / loss - 1) < 1e-6
     for path, want in gradient.items():
         # A key's bias moves all scores of a query alike: without a cap its gradient is 0.

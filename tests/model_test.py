@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import toy
 
 from lm import experiment, sharding, train
@@ -49,7 +50,7 @@ def test_hidden_states_and_logits_are_those_of_the_reference(kind):
     prog = toy.program(*KINDS[kind])
     params = toy.start(prog, noise=0.2).params
     x, logits = toy.hidden(prog)(params, toy.batch())
-    want = toy.reference_logits(prog.experiment, toy.flat(params), toy.batch())
+    want = reference.logits(prog.experiment, toy.flat(params), toy.batch())
     true = logits[..., : toy.VOCAB]
     for got, expected in zip((x, true), want, strict=True):
         # A dozen products deep, each adds a few rounding errors.
@@ -183,7 +184,7 @@ def test_dropout_on_a_mesh_drops_the_same():
     with sharding.use(layout):
         place = lambda x, *s: jax.device_put(
             x, sharding.shard(layout, sharding.spec(*s))
-        )  # noqa: E731
+        )
         index = place(np.arange(4, dtype=np.uint32), "batch")
         ones = place(np.ones((4, 8, 64), np.float32), "batch", "residual", None)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import toy
 
 from lm import objectives, sharding
@@ -71,8 +72,8 @@ def _formula(head):
         z = x @ w[:V].T
         if head.softcap is not None:
             z = head.softcap * jnp.tanh(z / head.softcap)
-        nll = toy.token_loss(Causal(), z, targets)
-        loss = toy.token_loss(objective, z, targets)
+        nll = reference.token_loss(Causal(), z, targets)
+        loss = reference.token_loss(objective, z, targets)
         return (loss * weights).sum(), (nll * weights).sum()
 
     return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))
@@ -172,7 +173,7 @@ def test_logits_of_all_tokens_never_exist():
         return grad.memory_analysis().temp_size_in_bytes
 
     def naive(x, w, targets, weights):
-        return (toy.token_loss(Causal(), x @ w.T, targets) * weights).sum()
+        return (reference.token_loss(Causal(), x @ w.T, targets) * weights).sum()
 
     with sharding.use(toy.layout(toy.BASE.mesh)):
         chunked = temporary(lambda *a: objectives.cross_entropy(head, *a)[0])

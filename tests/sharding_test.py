@@ -5,6 +5,7 @@ import functools
 import math
 from unittest import mock
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,14 +150,12 @@ def test_slices_that_are_not_there_are_refused():
 
 
 def test_an_indivisible_dimension_names_sizes_and_a_fix():
-    with sharding.use(layout(tensor=4)):
-        with toy.refused("w: mlp=6 is not divisible by 4 (mesh.tensor=4)", "divide 6"):
-            sharding.storage("w", (32, 6), ("embed", "mlp"))
-    with sharding.use(layout(fsdp=8)):
-        with toy.refused("layers/ffn/up_df", "embed=20", "mesh.fsdp=8"):
-            sharding.storage(
-                "layers/ffn/up_df", (2, 20, 64), ("layers", "embed", "mlp")
-            )
+    words = "w: mlp=6 is not divisible by 4 (mesh.tensor=4)", "divide 6"
+    with sharding.use(layout(tensor=4)), toy.refused(*words):
+        sharding.storage("w", (32, 6), ("embed", "mlp"))
+    words = "layers/ffn/up_df", "embed=20", "mesh.fsdp=8"
+    with sharding.use(layout(fsdp=8)), toy.refused(*words):
+        sharding.storage(words[0], (2, 20, 64), ("layers", "embed", "mlp"))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +214,7 @@ def test_heads_that_no_layout_splits_are_refused():
 
 
 def attention_inputs(lead=()):
-    """q, k, v [*lead, B, T, K, G or nothing, H] and tokens, for four data and two tensor devices."""
+    """Returns q, k, v and the tokens of 8 rows, which may be [R, b, ...] for R replicas."""
     rng = np.random.default_rng(0)
     shapes = [(8, 16, 2, 2, 8), (8, 16, 2, 8), (8, 16, 2, 8)]
     rows = 8 // math.prod(lead)
@@ -270,7 +269,7 @@ def test_attention_on_a_mesh_is_the_same_and_moves_nothing(vmapped, implementati
 
     with sharding.use(on_mesh):
         compiled = jax.jit(on_replicas if vmapped else f).lower(*put).compile()
-    assert not toy.collectives(compiled.as_text(), on_mesh.mesh)
+    assert not hlo.collectives(compiled.as_text(), on_mesh.mesh)
     for a, b in zip(want, compiled(*put), strict=True):
         np.testing.assert_allclose(
             np.asarray(b).reshape(a.shape), a, atol=2e-5, rtol=1e-5
@@ -341,7 +340,7 @@ def test_arguments_are_shared_or_mapped_under_vmap():
     assert error < 1e-6 * np.linalg.norm(want[1][0])
     assert jax.typeof(grad).sharding.spec == P("data", "tensor", None)
     assert not any(
-        "data" in c.axes for c in toy.collectives(compiled.as_text(), on_mesh.mesh)
+        "data" in c.axes for c in hlo.collectives(compiled.as_text(), on_mesh.mesh)
     )
 
 
@@ -360,5 +359,5 @@ def test_a_region_may_hold_collectives_of_its_own():
         put = jax.device_put(x, sharding.shard(on_mesh, P("data", "tensor")))
         compiled = jax.jit(run).lower(put).compile()
     np.testing.assert_array_equal(np.asarray(compiled(put))[:, 0], x.sum(1))
-    found = toy.collectives(compiled.as_text(), on_mesh.mesh)
+    found = hlo.collectives(compiled.as_text(), on_mesh.mesh)
     assert [(c.kind, c.axes) for c in found] == [("all-reduce", {"tensor"})]

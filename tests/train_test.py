@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import toy
 
 from lm import experiment, optim, sharding, train, trees
@@ -35,7 +37,7 @@ def assert_equal(got, want):
 
 def reductions(run, *sets):
     """(over data inside a loop, over data outside of loops) of a run's compiled step."""
-    found = toy.collectives(run.text, toy.program(*sets).layout.mesh)
+    found = hlo.collectives(run.text, toy.program(*sets).layout.mesh)
     sums = [
         c
         for c in found
@@ -212,7 +214,7 @@ def test_evaluation_scores_the_likelihood_alone():
     params = toy.start(prog, noise=0.1).params
     sums = train.make_eval_step(prog)(params, toy.place(prog, toy.batch()))
     plain = toy.experiment()
-    loss, _ = toy.reference(plain, toy.flat(params), toy.batch())
+    loss, _ = reference.gradient(plain, toy.flat(params), toy.batch())
     assert float(sums["nll"] / sums["tokens"]) == pytest.approx(loss, rel=1e-6)
     assert "loss" not in sums
 
@@ -223,7 +225,7 @@ def test_smoothing_and_z_loss_are_trained_on():
     state = toy.start(prog, noise=0.1)
     params = toy.flat(state.params)
     run = toy.run(prog, [toy.batch()], state)
-    loss, grads = toy.reference(prog.experiment, params, toy.batch())
+    loss, grads = reference.gradient(prog.experiment, params, toy.batch())
     assert run.losses[0] == pytest.approx(loss, rel=1e-6)
     for path, want in grads.items():
         assert toy.distance(run.gradient[path], want) <= 16 * toy.EPS * np.linalg.norm(

@@ -99,7 +99,9 @@ class Checkpoints:
         self._manager: Any = None
         if not read_only:
             self._require_writable()
-            if any(self._directory.iterdir()):  # else Orbax can be imported later
+            # In an empty directory Orbax can be imported later; several processes open it
+            # together, as each may see the others' probes or not.
+            if jax.process_count() > 1 or any(self._directory.iterdir()):
                 self._manager = self._open()
 
     def steps(self) -> list[int]:
@@ -141,6 +143,8 @@ class Checkpoints:
         flat = trees.flatten(arrays)
         shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in flat.items()}
         digests = trees.digests(arrays)  # dispatched now, fetched in the background
+        if jax.process_count() > 1:  # Orbax's barriers may not cross them
+            digests = jax.device_get(digests)
         texts = {record.META: record.to_json({"step": step, **meta}), **files}
 
         def small_files() -> dict[str, bytes]:

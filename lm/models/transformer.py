@@ -75,7 +75,8 @@ class Transformer(nnx.Module):
                     )
             if self.heads % self.kv_heads:
                 raise ConfigError(
-                    f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}"
+                    f"model.heads={self.heads} is not divisible by model.kv_heads="
+                    f"{self.kv_heads}; set model.kv_heads to a divisor of it"
                 )
             if self.attention.head_dim is None and self.dim % self.heads:
                 raise ConfigError(
@@ -84,7 +85,8 @@ class Transformer(nnx.Module):
                 )
             if isinstance(self.positions, Rope) and self.head_dim % 2:
                 raise ConfigError(
-                    f"rotary positions need an even head_dim, got {self.head_dim}"
+                    f"rotary positions need an even head_dim, got {self.head_dim}; set "
+                    "model.attention.head_dim or model.positions=Learned"
                 )
             if not 0 <= self.dropout < 1:
                 raise ConfigError(

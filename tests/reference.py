@@ -1,0 +1,169 @@
+"""The whole model, its loss and its gradient in float64, written apart: the measure of the tests.
+
+Shapes: B batch, T queries, S keys, D embed, N query heads, K kv heads, G = N / K, H head dim.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import toy
+
+from lm import sharding
+from lm.experiment import Experiment
+from lm.models.transformer import Transformer
+from lm.nn.blockwise import Mask, Tokens
+from lm.nn.layers import LayerNorm, Rope, dropout, dropout_keys
+
+
+def attention(mask, q, k, v, q_tokens, kv_tokens):
+    """Returns attention [B, T, K, G, H] and log-sum-exp [B, K, G, T] by the T x S formula.
+
+    Computes in the dtype of q; a query that sees no key gives 0.
+    """
+    s = jnp.einsum("btkgh,bskh->bkgts", q, k) * mask.scale
+    if mask.softcap is not None:
+        s = mask.softcap * jnp.tanh(s / mask.softcap)
+    d = q_tokens.positions[:, :, None] - kv_tokens.positions[:, None, :]
+    seen = q_tokens.segments[:, :, None] == kv_tokens.segments[:, None, :]
+    if mask.causal:
+        seen &= d >= 0
+    if mask.window is not None:
+        seen &= abs(d) < mask.window
+    seen = jnp.broadcast_to(seen[:, None, None], s.shape)
+    s = jnp.where(seen, s, -jnp.inf)
+    top = jnp.where(seen.any(-1), s.max(-1), 0)
+    e = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0) - top[..., None]), 0)
+    norm = e.sum(-1)
+    safe = jnp.where(norm > 0, norm, 1)
+    out = jnp.einsum("bkgts,bskh->btkgh", e / safe[..., None], v)
+    return out, jnp.where(norm > 0, top + jnp.log(safe), -jnp.inf)
+
+
+def _norm(p, path, c, x):
+    if isinstance(c, LayerNorm.Config):
+        x = x - x.mean(-1, keepdims=True)
+    y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.eps) * p[path + "/scale_d"]
+    return y + p.get(path + "/bias_d", 0.0)
+
+
+def _rope(x, positions, base):
+    half = x.shape[-1] // 2
+    angle = positions[..., None] * base ** (-jnp.arange(half) / half)
+    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
+    z = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angle)
+    return jnp.concatenate([z.real, z.imag], -1)
+
+
+def _mixer(c: Transformer.Config, p, x, batch):
+    shift = lambda name: p.get(f"mixer/{name}", 0.0)  # noqa: E731
+    q = jnp.einsum("btd,dnh->btnh", x, p["mixer/query_dnh"]) + shift("query_bias_nh")
+    k = jnp.einsum("btd,dkh->btkh", x, p["mixer/key_dkh"]) + shift("key_bias_kh")
+    v = jnp.einsum("btd,dkh->btkh", x, p["mixer/value_dkh"]) + shift("value_bias_kh")
+    if c.attention.qk_norm:
+        rms = lambda x: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
+        q = rms(q) * p["mixer/query_norm/scale_d"]
+        k = rms(k) * p["mixer/key_norm/scale_d"]
+    if isinstance(c.positions, Rope):
+        q, k = (_rope(a, batch["positions"], c.positions.base) for a in (q, k))
+    q = q.reshape(*q.shape[:2], c.kv_heads, -1, q.shape[-1])
+    tokens = Tokens(batch["positions"], batch["segments"])
+    mask = Mask(
+        scale=q.shape[-1] ** -0.5,
+        window=c.attention.window,
+        softcap=c.attention.softcap,
+    )
+    y, _ = attention(mask, q, k, v, tokens, tokens)
+    y = y.reshape(*y.shape[:2], c.heads, -1)
+    return jnp.einsum("btnh,nhd->btd", y, p["mixer/out_nhd"]) + shift("out_bias_d")
+
+
+def _ffn(c: Transformer.Config, p, x):
+    up = x @ p["ffn/up_df"] + p.get("ffn/up_bias_f", 0.0)
+    if c.ffn.activation == "gelu":
+        h = jax.nn.gelu(up)
+    else:
+        gate = x @ p["ffn/gate_df"] + p.get("ffn/gate_bias_f", 0.0)
+        act = jax.nn.silu if c.ffn.activation == "swiglu" else jax.nn.gelu
+        h = act(gate) * up
+    return h @ p["ffn/down_fd"] + p.get("ffn/down_bias_d", 0.0)
+
+
+def _logits(c: Transformer.Config, p, batch, masks):
+    """Returns the hidden states [B, T, D] and the logits [B, T, true vocabulary]."""
+    masks = masks or [1.0] * (2 * c.layers + 1)
+    x = p["embed_vd"][batch["tokens"]]
+    if "position_pd" in p:
+        x = x + p["position_pd"][batch["positions"]]
+    x = x * masks[-1]
+    for i in range(c.layers):
+        layer = {
+            k.removeprefix("layers/"): v[i]
+            for k, v in p.items()
+            if k.startswith("layers/")
+        }
+        h = _norm(layer, "norm1", c.norm, x)
+        x = x + _mixer(c, layer, h, batch) * masks[2 * i]
+        h = _norm(layer, "norm2", c.norm, x)
+        x = x + _ffn(c, layer, h) * masks[2 * i + 1]
+    x = _norm(p, "norm", c.norm, x)
+    z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
+    return x, z if c.head_softcap is None else c.head_softcap * jnp.tanh(
+        z / c.head_softcap
+    )
+
+
+def token_loss(objective, z, targets):
+    """Returns each token's loss [...] from its logits [..., V] over the true vocabulary."""
+    lse = jax.nn.logsumexp(z, -1)
+    nll = lse - jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
+    smooth = objective.label_smoothing
+    mixed = (1 - smooth) * nll + smooth * (lse - z.mean(-1))
+    return mixed + objective.z_loss * lse**2
+
+
+@functools.cache
+def _compiled(c: Transformer.Config, objective: Any):
+    def loss(p, batch, masks):
+        _, z = _logits(c, p, batch, masks)
+        each = token_loss(objective, z, batch["targets"])
+        return (each * batch["weights"]).sum() / batch["weights"].sum()
+
+    return jax.jit(jax.value_and_grad(loss)), jax.jit(functools.partial(_logits, c))
+
+
+def _double(tree: Any) -> Any:
+    wide = lambda x: np.asarray(x, np.float64 if x.dtype == np.float32 else x.dtype)  # noqa: E731
+    return jax.tree.map(wide, tree)
+
+
+def gradient(chosen: Experiment, params: dict, host: dict, step: int = 0) -> Any:
+    """Returns the loss and its gradient by path, in float64, of parameters by path."""
+    masks = dropout_masks(chosen, host, step)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        grad, _ = _compiled(chosen.model, chosen.objective)
+        loss, grads = grad(*_double((params, host, masks)))
+        return float(loss), jax.tree.map(np.asarray, grads)
+
+
+def logits(chosen: Experiment, params: dict, host: dict) -> Any:
+    """Returns hidden states and logits in float64, without dropout."""
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        _, run = _compiled(chosen.model, chosen.objective)
+        return jax.tree.map(np.asarray, run(*_double((params, host)), None))
+
+
+def dropout_masks(chosen: Experiment, host: dict, step: int) -> list[np.ndarray] | None:
+    """Returns what each site multiplies by, [B, T, D]: two a layer, the embedding last."""
+    c = chosen.model
+    if not c.dropout:
+        return None
+    with sharding.use(toy.layout(toy.BASE.mesh)):
+        keys = dropout_keys(
+            chosen.train.seed, jnp.int32(step), jnp.asarray(host["index"]), toy.LENGTH
+        )
+        ones = jnp.ones((*host["tokens"].shape, c.dim))
+        sites = [4 * i + j for i in range(c.layers) for j in (0, 1)] + [2]
+        return [np.asarray(dropout(ones, c.dropout, keys, site)) for site in sites]
