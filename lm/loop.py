@@ -79,8 +79,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
         stack.callback(checkpoints.close)
         if primary:
             _write_config(experiment, workdir)
-        stop = Stop()
-        stack.enter_context(stop.listening())
+        stack.enter_context((stop := Stop()).listening())
         step = Step(prog, terminal)
         scores = Scores(prog, held_out, writer, terminal)
         log = Log(prog, writer, terminal, position.tokens)

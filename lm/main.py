@@ -140,9 +140,9 @@ def _configure(experiment: Experiment) -> None:
             raise ConfigError(f"--cpu_devices={_CPUS.value}: expected 1 or more")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", _CPUS.value)
-    if _COORDINATOR.value:
+    if _COORDINATOR.value or _CPUS.value:
         # Programs in flight together on CPU devices may meet in collectives of different
-        # programs in different processes, and wait for ever.
+        # programs, and wait for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if _COORDINATOR.value == "auto":
         jax.distributed.initialize()

@@ -301,11 +301,11 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     """Its reference in jax takes the same ones: window, scale, and how log-sum-exp is laid out."""
     public = jax.nn.dot_product_attention
 
-    def reference(*args, implementation, **options):
+    def by_xla(*args, implementation, **options):
         assert implementation == "cudnn"
         return public(*args, implementation="xla", **options)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", reference)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     row = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     tokens = Tokens(jnp.asarray(row), jnp.ones((B, T), jnp.int32))
     mask = Mask(scale=0.3, window=window)

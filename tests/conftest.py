@@ -41,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not on_gpu:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", DEVICES)
+        # Collectives of two programs in flight on emulated devices may wait for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         os.environ["XLA_FLAGS"] = " ".join(_flags(jax.__version_info__))
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", str(CACHE))

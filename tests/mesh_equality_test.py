@@ -1,7 +1,7 @@
 """The mesh never changes the maths: losses, gradients and training on every mesh are those of one
 device, with packing, dropout and accumulation.
 
-The measure is a float64 model written apart (`reference.gradient`): what a mesh computes may be as far
+The measure is a float64 model written apart (tests/reference.py): a mesh may compute what is as far
 from it as what one device computes in fp32, times a small constant, for it sums in another order.
 """
 

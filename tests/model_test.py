@@ -1,4 +1,4 @@
-"""The model is the formula; no token sees a later one or another document; policies change nothing."""
+"""The model is the formula; no token sees a later one or another document; remat is free."""
 
 import dataclasses
 import functools
@@ -182,11 +182,13 @@ def test_dropout_on_a_mesh_drops_the_same():
     """Also where a row is split over tensor."""
     layout = toy.layout(sharding.MeshConfig(data=2, tensor=4, sequence_parallel=True))
     with sharding.use(layout):
-        place = lambda x, *s: jax.device_put(
-            x, sharding.shard(layout, sharding.spec(*s))
+        index, ones = jax.device_put(
+            (np.arange(4, dtype=np.uint32), np.ones((4, 8, 64), np.float32)),
+            (
+                sharding.shard(layout, sharding.spec("batch")),
+                sharding.shard(layout, sharding.spec("batch", "residual", None)),
+            ),
         )
-        index = place(np.arange(4, dtype=np.uint32), "batch")
-        ones = place(np.ones((4, 8, 64), np.float32), "batch", "residual", None)
 
         @jax.jit
         def run(ones, index):

@@ -160,7 +160,7 @@ def test_bfloat16_activations_cost_only_their_rounding():
 
 
 def test_logits_of_all_tokens_never_exist():
-    """2048 tokens x 4096 ids: the naive loss needs logits several times, the chunked one a chunk."""
+    """Of 2048 tokens x 4096 ids the naive loss holds them all, the chunked one a chunk's."""
     tokens, vocab, chunk = 2048, 4096, 64
     head = dataclasses.replace(PLAIN, vocab=vocab, chunk=chunk)
     shape = lambda *s, dtype=np.float32: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
