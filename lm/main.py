@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lm import heap
 from lm.terminal import Stopwatch
 
 WATCH = Stopwatch()  # before the slow imports, which it times
+heap.keep()
 
 import flax  # noqa: E402
 import jax  # noqa: E402
