@@ -13,6 +13,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import EvalSet, Experiment
 from lm.train import Params, Program
 
+AHEAD = 4  # batches that may wait on the device
 
 def stores(experiment: Experiment, coder: Tokenizer) -> dict[str, list[loader.Store]]:
     """Returns the tokenized text of each evaluation set, by its name."""
@@ -58,8 +59,10 @@ def score(
         for count, batch in enumerate(batches):
             if chosen.batches is not None and count >= chosen.batches:
                 break
+            if len(sums) >= AHEAD:
+                jax.block_until_ready(sums[-AHEAD])
             sums.append(step(params, loader.to_devices(batch, sharding)))
-    fetched = jax.device_get(sums)  # the device ran ahead; this waits once
+    fetched = jax.device_get(sums)
     nll, tokens, text = (
         float(np.sum([np.float64(s[k]) for s in fetched]))
         for k in ("nll", "tokens", "bytes")

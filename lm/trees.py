@@ -109,10 +109,15 @@ def digest(x: Array) -> UInt32[Array, ""]:
 def digests(tree: Tree) -> dict[str, UInt32[Array, ""]]:
     """Returns {path: digest} of all leaves, still on the device.
 
-    Each leaf is its own small program: leaves of one shape share it, so that a tree
-    compiles in the time of its distinct shapes.
+    One program for the tree: a device takes only so many programs at once, and emulated
+    devices that wait in the collectives of one would never finish it.
     """
-    return {path: digest(leaf) for path, leaf in flatten(tree).items()}
+    return _digests(flatten(tree))
+
+
+@jax.jit
+def _digests(leaves: dict[str, Array]) -> dict[str, Array]:
+    return {path: digest(leaf) for path, leaf in leaves.items()}
 
 
 def _axis_key(coordinates: Array, axis: int) -> Array:
