@@ -8,6 +8,7 @@ from lm import schedules, sharding
 from lm.config import ConfigError, nearest
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
+from lm.models.timetable import Pipeline
 from lm.models.transformer import Transformer
 from lm.nn.layers import Learned
 from lm.objectives import Causal
@@ -158,6 +159,7 @@ class Experiment:
     objective: Causal = Causal()
     optim: Optim = Optim()
     mesh: sharding.MeshConfig = sharding.MeshConfig()
+    pipeline: Pipeline = Pipeline()
     train: Train = Train()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
@@ -196,17 +198,26 @@ class Experiment:
         """
         rows = layout.size("batch")
         axes = " x ".join(f"{a} {layout.mesh.shape[a]}" for a in layout.axes("batch"))
+        stages = layout.size("layers")
+        micro = self.pipeline.count(stages) if stages > 1 else 1
         for size in self.train.batch_sizes():
-            least = rows * self.train.accumulate
+            least = rows * self.train.accumulate * micro
             if size % least:
+                flow = f", pipeline.microbatches={micro}" if stages > 1 else ""
                 raise ConfigError(
                     f"train.batch_size={size} is not divisible by {least} ({axes or 'one device'}, "
-                    f"train.accumulate={self.train.accumulate}); use a multiple of {least}"
+                    f"train.accumulate={self.train.accumulate}{flow}); use a multiple of {least}"
                 )
         if self.eval_size() % rows:
             raise ConfigError(
                 f"eval.batch_size={self.eval_size()} is not divisible by {rows} ({axes}); use a "
                 f"multiple of {rows}"
+            )
+        group = rows * (stages if self.pipeline.rounds > 1 else 1)
+        if stages > 1 and self.eval_size() % group:
+            raise ConfigError(
+                f"eval.batch_size={self.eval_size()} is not divisible by {group} (mesh.pipe="
+                f"{stages} in rounds); use a multiple of {group}"
             )
         parts = layout.size("residual")
         if self.data.length % parts:
@@ -223,7 +234,7 @@ class Experiment:
         if self.model.vocab_rows % rows:
             raise ConfigError(
                 f"model.vocab_multiple={self.model.vocab_multiple} pads the vocabulary to "
-                f"{self.model.vocab_rows} rows, which {rows} tensor devices do not divide; set "
+                f"{self.model.vocab_rows} rows, which {rows} devices (tensor x pipe) do not divide; set "
                 f"model.vocab_multiple to a multiple of {rows}"
             )
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
-from lm import sharding, trees
+from lm import sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
@@ -150,15 +150,16 @@ def make_sample(prog: Program, config: Generate, eot: int) -> Sample:
 
 
 def _sample(
-    prog: Program, config: Generate, eot: int, params: Params, rows: Rows, key: Array
+    prog: Program, config: Generate, eot: int, params: Params, batch: Rows, key: Array
 ) -> tuple[Array, Array]:
-    model = prog.model(cast_once(prog, params))
+    # Under a pipeline, each layer is gathered from the stages' devices when its turn comes.
+    model = prog.model(stacked.plain(prog, cast_once(prog, params)))
     split = sharding.spec("batch", None)
-    rows = Rows(*(reshard(a, P(*split[: a.ndim])) for a in rows))
-    B, T = rows.tokens.shape
+    batch = Rows(*(reshard(a, P(*split[: a.ndim])) for a in batch))
+    B, T = batch.tokens.shape
     M, S = config.tokens, slots(T, config.tokens)
-    cached = cache_tokens(rows.lengths, T, S)
-    keys_B = jax.vmap(functools.partial(_row_key, key))(rows.streams)
+    cached = cache_tokens(batch.lengths, T, S)
+    keys_B = jax.vmap(functools.partial(_row_key, key))(batch.streams)
 
     def more(carry: Any) -> Array:
         m, _, done_B, _, finite, _ = carry
@@ -167,19 +168,19 @@ def _sample(
     def step(carry: Any) -> Any:
         m, logits_BV, done_B, new_BM, finite, cache = carry
         finite &= jnp.isfinite(logits_BV).all()
-        draws_B = jax.vmap(jax.random.fold_in)(keys_B, rows.lengths + m)
+        draws_B = jax.vmap(jax.random.fold_in)(keys_B, batch.lengths + m)
         ids_B = jnp.where(done_B, eot, choose(config, logits_BV, draws_B))
         new_BM = lax.dynamic_update_slice(new_BM, ids_B[:, None], (0, m))
-        done_B |= (ids_B == eot) | (m + 1 >= rows.limits)
+        done_B |= (ids_B == eot) | (m + 1 >= batch.limits)
         logits_BV, cache = advance(model, ids_B[:, None], T + m, cached, cache)
         return m + 1, logits_BV, done_B, new_BM, finite, cache
 
     zero = jnp.int32(0)
     logits_BV, cache = advance(
-        model, rows.tokens, zero, cached, model.empty_cache(B, S)
+        model, batch.tokens, zero, cached, model.empty_cache(B, S)
     )
     new_BM = jnp.full((B, M), eot, jnp.int32, out_sharding=split)
-    carry = (zero, logits_BV, rows.limits <= 0, new_BM, jnp.bool(True), cache)
+    carry = (zero, logits_BV, batch.limits <= 0, new_BM, jnp.bool(True), cache)
     _, _, _, new_BM, finite, _ = lax.while_loop(more, step, carry)
     # All-gather over the batch's axes: every host reads every row.
     return reshard(new_BM, sharding.spec(None, None)), finite

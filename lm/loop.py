@@ -101,7 +101,8 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
                 log.arrive()
                 position = dataclasses.replace(position, tokens=log.tokens)
                 meta = _meta(experiment, position, coder)
-                checkpoints.save(position.step, state, meta, coder.files())
+                arrays = train.saved(prog, state)
+                checkpoints.save(position.step, arrays, meta, coder.files())
                 writer.flush()
                 log.restart()
         checkpoints.wait()
@@ -190,13 +191,14 @@ def _start(
     if checkpoints.latest() is None:
         state = train.make_init(prog)(jax.random.key(experiment.train.seed))
         if source := experiment.train.init_from:
-            target = {"params": train.abstract_state(prog).params}
+            target = train.saved(prog, {"params": train.abstract_state(prog).params})
             try:
                 loaded, found = checkpoint.restore_from(source, target)
             except checkpoint.CheckpointError as error:
                 what = f"train.init_from={source}: {error}"
                 raise checkpoint.CheckpointError(what) from error
-            state = dataclasses.replace(state, params=loaded["params"])
+            params = train.loaded(prog, loaded)["params"]
+            state = dataclasses.replace(state, params=params)
             if state.ema is not None:
                 state = dataclasses.replace(state, ema=train.average_of(prog, state))
             say(f"starting from the weights of {source}, step {found.step}")
@@ -204,7 +206,9 @@ def _start(
     stored = checkpoints.read_run()
     resume.same_tokenizer(stored.meta["tokenizer"], coder)
     changed = resume.changes(stored.meta["config"], experiment)
-    state, found = checkpoints.restore(train.abstract_state(prog))
+    target = train.saved(prog, train.abstract_state(prog))
+    arrays, found = checkpoints.restore(target)
+    state = train.loaded(prog, arrays)
     say(f"resuming from step {found.step} of {experiment.train.steps}")
     for line in changed:
         say(f"  changed: {line}")

@@ -192,8 +192,10 @@ def _restored(
         if _STEP.value is None
         else f"{workdir}/{checkpoint.FOLDER}/{_STEP.value}"
     )
-    arrays, found = checkpoint.restore_from(source, {key: state.params})
-    return prog, arrays[key], tokenizer.from_files(found.files), found.step
+    target = train.saved(prog, {key: state.params})
+    arrays, found = checkpoint.restore_from(source, target)
+    params = train.loaded(prog, arrays)[key]
+    return prog, params, tokenizer.from_files(found.files), found.step
 
 
 def _eval(experiment: Experiment, workdir: str) -> int:

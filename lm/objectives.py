@@ -58,6 +58,14 @@ def causal(
     x_BTD, aux, _ = model(
         batch["tokens"], Tokens(batch["positions"], batch["segments"]), keys_BT, packed
     )
+    loss, sums = score(objective, model, x_BTD, batch)
+    return loss, {**sums, **aux}
+
+
+def score(
+    objective: Causal, model: Transformer, x_BTD: Float[Array, "B T D"], batch: Batch
+) -> tuple[Array, dict[str, Array]]:
+    """Returns what `causal` does, from the hidden states after the last norm."""
     loss, nll = cross_entropy(
         Head(
             vocab=model.config.vocab_size,
@@ -72,7 +80,7 @@ def causal(
         batch["weights"],
     )
     sums = {"nll": nll, "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
-    return loss, {**sums, **aux}
+    return loss, sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

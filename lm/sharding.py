@@ -53,7 +53,7 @@ class MeshConfig:
                 raise ConfigError(
                     f"mesh.{axis}={n}: expected a positive number, or -1 (the rest)"
                 )
-        for axis in ("pipe", "seq", "expert"):
+        for axis in ("seq", "expert"):
             if sizes[axis] != 1:
                 raise ConfigError(
                     f"mesh.{axis}={sizes[axis]}: not available yet; set mesh.{axis}=1 "
@@ -178,12 +178,11 @@ def use(layout: Layout) -> Iterator[Layout]:
 
 
 @contextlib.contextmanager
-def replicas() -> Iterator[None]:
-    """Inside, `spec` leaves out the data axis: a vmap over the replicas stands for it."""
+def mapped(*logical: str) -> Iterator[None]:
+    """Inside, `spec` leaves out the mesh axes of these logical axes: a vmap stands for them."""
     layout = current()
-    token = _layout.set(
-        dataclasses.replace(layout, mapped=frozenset(layout.rules.replica))
-    )
+    more = {axis for name in logical for axis in getattr(layout.rules, name)}
+    token = _layout.set(dataclasses.replace(layout, mapped=layout.mapped | more))
     try:
         yield
     finally:

@@ -5,24 +5,22 @@ Shapes: B global batch, A microbatches a step, R data replicas, T length.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array
 
-from lm import objectives, optim, sharding, trees
-from lm.experiment import Experiment
-from lm.models.transformer import Transformer
-from lm.nn.layers import dropout_keys
+from lm import gradients, objectives, optim, sharding, stacked, trees
+from lm.program import Params as Params
+from lm.program import Program as Program
+from lm.program import build
+from lm.program import program as program
 
-Params = dict[str, Any]
 Metrics = dict[str, Array]
 
 
@@ -42,104 +40,6 @@ jax.tree_util.register_dataclass(
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """What is known of an experiment on a mesh before any array exists."""
-
-    experiment: Experiment
-    layout: sharding.Layout
-    structure: Any  # tree structure of the model, with its static parts
-    shapes: dict[
-        str, jax.ShapeDtypeStruct
-    ]  # of parameters by path, in the model's order
-    axes: dict[str, tuple[str, ...]]  # their logical axes
-    specs: dict[str, P]  # where they are stored
-    updates: dict[
-        str, P
-    ]  # where they are updated: `specs`, split over data too by ZeRO-1
-    optimizer: optax.GradientTransformationExtraArgs
-    rate: Callable[[Any], Array]  # learning rate by step
-
-    def model(self, params: Params) -> Transformer:
-        """Returns the model with these parameters."""
-        flat = trees.flatten(params)
-        return jax.tree.unflatten(self.structure, [flat[path] for path in self.shapes])
-
-    def sharding(self, spec: P) -> jax.sharding.NamedSharding:
-        """Returns the NamedSharding of `spec` on this mesh."""
-        return sharding.shard(self.layout, spec)
-
-    def batch_sharding(self) -> jax.sharding.NamedSharding:
-        """Returns the sharding of a [B, T] batch."""
-        with sharding.use(self.layout):
-            return self.sharding(sharding.spec("batch", "length"))
-
-
-def program(experiment: Experiment, layout: sharding.Layout) -> Program:
-    """Builds the abstract model, its shardings and its optimizer; allocates nothing.
-
-    Raises:
-        ConfigError: a dimension that the mesh does not divide, or an optimizer that does not fit.
-    """
-    experiment.fit(layout)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    with sharding.use(layout):
-        abstract = jax.eval_shape(functools.partial(_build, experiment.model), key)
-        leaves, _ = jax.tree_util.tree_flatten_with_path(
-            abstract, is_leaf=lambda x: isinstance(x, nnx.Param)
-        )
-        params = {_path(keys): leaf for keys, leaf in leaves}
-        axes = {
-            path: ("layers",) * (len(p.shape) - len(p.axes)) + p.axes
-            for path, p in params.items()
-        }
-        specs = {
-            path: sharding.storage(path, p.shape, axes[path])
-            for path, p in params.items()
-        }
-    shapes = {
-        path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in params.items()
-    }
-    updates = specs
-    if experiment.mesh.zero1:
-        updates = {
-            path: _zero1(layout, shapes[path], spec) for path, spec in specs.items()
-        }
-    return Program(
-        experiment=experiment,
-        layout=layout,
-        structure=jax.tree.structure(abstract),
-        shapes=shapes,
-        axes=axes,
-        specs=specs,
-        updates=updates,
-        optimizer=optim.build(experiment.optim, experiment.train.steps, axes),
-        rate=optim.schedule(experiment.optim, experiment.train.steps),
-    )
-
-
-def _build(config: Transformer.Config, key: Array) -> Transformer:
-    return Transformer(config, nnx.Rngs(params=key))
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    return "/".join(key.name for key in keys)
-
-
-def _zero1(layout: sharding.Layout, shape: jax.ShapeDtypeStruct, spec: P) -> P:
-    """Adds the replica axis to the first dimension that it divides (ZeRO stage 1)."""
-    extra = layout.axes("replica")
-    if not extra:
-        return spec
-    entries: Any = [*spec, *[None] * (len(shape.shape) - len(spec))]
-    for i, entry in enumerate(entries):
-        over: tuple[str, ...] = sharding.names(entry) + extra
-        if shape.shape[i] % math.prod(layout.mesh.shape[a] for a in over) == 0:
-            entries[i] = over[0] if len(over) == 1 else over
-            return P(*entries)
-    return spec
-
-
 def _placed(params: Params, specs: dict[str, P]) -> Params:
     """Moves every parameter-like leaf to its spec."""
     flat = trees.flatten(params)
@@ -153,9 +53,9 @@ def make_init(prog: Program) -> Callable[[Array], TrainState]:
     """
 
     def init(key: Array) -> TrainState:
-        leaves = jax.tree.leaves(_build(prog.experiment.model, key))
-        flat = dict(zip(prog.shapes, leaves, strict=True))
-        params = _placed(trees.nest(flat), prog.specs)
+        leaves = jax.tree.leaves(build(prog.experiment.model, key))
+        flat = trees.nest(dict(zip(prog.shapes, leaves, strict=True)))
+        params = _placed(stacked.arranged(prog, flat), prog.specs)
         averaged = prog.experiment.optim.ema is not None
         return TrainState(
             step=jnp.int32(0),
@@ -165,18 +65,32 @@ def make_init(prog: Program) -> Callable[[Array], TrainState]:
             health=optim.health_init(),
         )
 
-    return _compiled(prog, init)
+    return prog.compiled(init)
 
 
 def abstract_state(prog: Program) -> TrainState:
     """Returns the state's shapes, dtypes and shardings."""
-    state = make_init(prog).shapes(jax.random.key(0))  # type: ignore[attr-defined]
+    return make_init(prog).shapes(jax.random.key(0))  # type: ignore[attr-defined]
 
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        spec = x.sharding.spec if x.sharding is not None else P()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=prog.sharding(spec))
 
-    return jax.tree.map(place, state)
+def saved(prog: Program, tree: Any) -> Any:
+    """Returns a state, or a part of one, as checkpoints hold it: stacks in the order of layers.
+
+    Abstract leaves give abstract ones.
+    """
+    if prog.rows is None:
+        return tree
+    order = prog.compiled(functools.partial(stacked.plain, prog))
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+        return order.shapes(tree)  # type: ignore[attr-defined]
+    return order(tree)
+
+
+def loaded(prog: Program, tree: Any) -> Any:
+    """Returns what a checkpoint held as the step wants it; the inverse of `saved`."""
+    if prog.rows is None:
+        return tree
+    return prog.compiled(functools.partial(stacked.arranged, prog))(tree)
 
 
 def make_train_step(
@@ -193,7 +107,7 @@ def make_train_step(
         state: TrainState, batch: objectives.Batch
     ) -> tuple[TrainState, Metrics]:
         count = jnp.maximum(batch["weights"].sum(), 1)
-        sums, grads = gradients(prog, state.params, batch, state.step, count)
+        sums, grads = gradients.of(prog, state.params, batch, state.step, count)
         grads = _placed(
             grads, prog.updates
         )  # reduce over data, with ZeRO-1 each its share
@@ -225,7 +139,7 @@ def make_train_step(
         params, opt_state, ema = kept
         return TrainState(state.step + 1, params, opt_state, ema, health), metrics
 
-    return _compiled(prog, train_step, donate_argnums=0)
+    return prog.compiled(train_step, donate_argnums=0)
 
 
 def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metrics]:
@@ -235,110 +149,22 @@ def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metric
         plain = dataclasses.replace(
             prog.experiment.objective, z_loss=0.0, label_smoothing=0.0
         )
-        _, sums = objectives.causal(
-            plain, prog.model(params), batch, None, _packed(prog)
-        )
+        if prog.places is not None:
+            return gradients.scores(prog, plain, params, batch)
+        _, sums = objectives.causal(plain, prog.model(params), batch, None, prog.packed)
         return sums
 
-    return _compiled(prog, eval_step)
+    return prog.compiled(eval_step)
 
 
 def average_of(prog: Program, state: TrainState) -> Params:
     """Returns the average of one state alone: its parameters, where averages are kept."""
     place = functools.partial(_placed, specs=prog.updates)
-    return _compiled(prog, lambda params: optim.ema_init(place(params)))(state.params)
+    return prog.compiled(lambda params: optim.ema_init(place(params)))(state.params)
 
 
 def evaluated(prog: Program, state: TrainState) -> Params:
     """Returns the weights to evaluate: the averaged ones where they are kept and wanted."""
     if state.ema is None or not prog.experiment.eval.use_ema:
         return state.params
-    return _compiled(prog, functools.partial(_placed, specs=prog.specs))(state.ema)
-
-
-def gradients(
-    prog: Program, params: Params, batch: objectives.Batch, step: Array, count: Array
-) -> tuple[Metrics, Params]:
-    """Returns the batch's sums (`loss` divided by `count`) and the gradient of that loss.
-
-    With A microbatches the gradients of each data replica add up on their own, in fp32; they are
-    reduced over data once, by the last sum.
-    """
-    experiment, layout = prog.experiment, sharding.current()
-
-    def loss(params: Params, batch: objectives.Batch) -> tuple[Array, Metrics]:
-        keys = None
-        if experiment.model.dropout:
-            length = batch["tokens"].shape[1]
-            keys = dropout_keys(experiment.train.seed, step, batch["index"], length)
-        total, sums = objectives.causal(
-            experiment.objective, prog.model(params), batch, keys, _packed(prog)
-        )
-        return total / count, {**sums, "loss": total / count}
-
-    A = experiment.train.accumulate
-    if A == 1:
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return sums, grads
-
-    R = layout.size("replica")
-    replica = layout.axes("replica")
-    lead = replica[0] if replica else None
-    with sharding.replicas():
-        rows = sharding.spec("batch")[0]
-
-        def split(x: Array) -> Array:
-            """[B, ...] → [A, R, b, ...], every device keeping its own rows."""
-            tail = x.shape[1:]
-            spec = P(lead, rows, None, *[None] * len(tail))
-            x = x.reshape(R, x.shape[0] // R // A, A, *tail, out_sharding=spec)
-            return jnp.moveaxis(x, 2, 0)
-
-        def zeros(path: str) -> Array:
-            shape, spec = prog.shapes[path].shape, prog.specs[path]
-            return jnp.zeros((R, *shape), jnp.float32, out_sharding=P(lead, *spec))
-
-        def add(carry: Any, part: objectives.Batch) -> tuple[Any, None]:
-            grad = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0))
-            (_, sums), grads = grad(params, part)
-            return jax.tree.map(jnp.add, carry, (sums, grads)), None
-
-        parts = jax.tree.map(split, batch)
-        grads = trees.nest({path: zeros(path) for path in prog.shapes})
-        names = {
-            "nll": jnp.float32,
-            "tokens": jnp.float32,
-            "bytes": jnp.int32,
-            "loss": jnp.float32,
-        }
-        sums = {k: jnp.zeros((R,), d, out_sharding=P(lead)) for k, d in names.items()}
-        (sums, grads), _ = jax.lax.scan(add, (sums, grads), parts)
-        return jax.tree.map(lambda x: x.sum(0), (sums, grads))
-
-
-def _packed(prog: Program) -> bool:
-    return prog.experiment.data.isolate
-
-
-def _compiled(
-    prog: Program, f: Callable[..., Any], **options: Any
-) -> Callable[..., Any]:
-    """Compiles `f` for the program's mesh; calling it needs no context."""
-    jitted = jax.jit(f, **options)
-
-    @functools.wraps(f)
-    def call(*args: Any) -> Any:
-        with sharding.use(prog.layout):
-            return jitted(*args)
-
-    def lower(*args: Any) -> Any:
-        with sharding.use(prog.layout):
-            return jitted.lower(*args)
-
-    def shapes(*args: Any) -> Any:
-        with sharding.use(prog.layout):
-            return jax.eval_shape(jitted, *args)
-
-    call.lower = lower  # type: ignore[attr-defined]
-    call.shapes = shapes  # type: ignore[attr-defined]
-    return call
+    return prog.compiled(functools.partial(_placed, specs=prog.specs))(state.ema)

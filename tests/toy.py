@@ -37,6 +37,19 @@ MESHES = {
         "mesh.tensor=4",
         "mesh.sequence_parallel=true",
     ],
+    "pipe 2 x data 2 x tensor 2": [
+        "mesh.pipe=2",
+        "mesh.data=2",
+        "mesh.tensor=2",
+        "pipeline.microbatches=4",
+    ],
+    "pipe 2 x data 2 x fsdp 2, gpipe": [
+        "mesh.pipe=2",
+        "mesh.data=2",
+        "mesh.fsdp=2",
+        "pipeline.schedule=gpipe",
+        "pipeline.microbatches=2",
+    ],
     "data 4 x tensor 2, zero1": [
         "mesh.data=4",
         "mesh.tensor=2",
@@ -159,21 +172,22 @@ def start(prog: train.Program, noise: float = 0.0) -> train.TrainState:
     With `noise`, parameters are normal numbers of that size instead, around 1 for scales: no bias
     is 0, and nothing is compiled.
     """
-    abstract = train.abstract_state(prog)
+    abstract = train.saved(prog, train.abstract_state(prog))
     where = jax.tree.map(lambda x: x.sharding, abstract)
     if not noise:
         one = dataclasses.replace(prog.experiment, mesh=BASE.mesh, train=BASE.train)
-        return jax.device_put(_initial(one), where)
+        return train.loaded(prog, jax.device_put(_initial(one), where))
     rng = np.random.default_rng(3)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     params = {
         path: noise * rng.standard_normal(x.shape, np.float32)
         + path.endswith("scale_d")
-        for path, x in prog.shapes.items()
+        for path, x in trees.flatten(abstract.params).items()
     }
     params = trees.nest({k: v.astype(np.float32) for k, v in params.items()})
     ema = params if state.ema is not None else None
-    return jax.device_put(dataclasses.replace(state, params=params, ema=ema), where)
+    state = dataclasses.replace(state, params=params, ema=ema)
+    return train.loaded(prog, jax.device_put(state, where))
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
@@ -221,10 +235,11 @@ def run(
         state, sums = step(state, place(prog, host))
         metrics.append({k: float(v) for k, v in sums.items()})
         if not gradient and isinstance(prog.experiment.optim.algorithm, Sgd):
-            momentum = flat(state.opt_state)
+            momentum = flat(train.saved(prog, state.opt_state))
             gradient = {p: _ending(momentum, p) for p in prog.shapes}
     losses = [m["loss"] for m in metrics]
-    return Run(step.as_text(), losses, metrics, gradient, flat(state.params), state)
+    params = flat(train.saved(prog, state.params))
+    return Run(step.as_text(), losses, metrics, gradient, params, state)
 
 
 def _ending(leaves: dict[str, np.ndarray], path: str) -> np.ndarray:

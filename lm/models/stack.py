@@ -104,19 +104,36 @@ def run(
     *,
     remat: Remat,
     scan: bool,
+    index_L: Array | None = None,
 ) -> tuple[Array, dict[str, Array], Any]:
     """Returns x after all layers, the sum of their aux, and the new cache ([L, …] like the old).
 
     Scanned, one layer is compiled; unrolled, XLA sees them all. The maths is the same.
+
+    Args:
+        blocks: parameters with a leading axis of layers.
+        x_BTD: the residual stream.
+        side: what else every block gets.
+        cache: of every layer, or None.
+        remat: what to keep for the backward.
+        scan: over the layers.
+        index_L: int32 numbers of the layers, where they are not 0, 1, 2, …; a negative one is no
+            layer, and its parameters do nothing.
     """
     layers = jax.tree.leaves(nnx.to_pure_dict(nnx.state(blocks)))[0].shape[0]
-    layer = {"index": jnp.arange(layers, dtype=jnp.uint32)}
+    index = jnp.arange(layers) if index_L is None else index_L
+    layer = {"index": index.astype(jnp.uint32)}
+    if index_L is not None:
+        layer["there"] = index_L >= 0
 
     def body(x: Array, slices: Any) -> tuple[Array, Any]:
         block, layer, cache = slices
         x = checkpoint_name(x, "block")
-        x, aux, cache = block(x, side, layer, cache)
-        return x, (aux, cache)
+        y, aux, cache = block(x, side, layer, cache)
+        if "there" in layer:
+            y = jnp.where(layer["there"], y, x)
+            aux = jax.tree.map(lambda a: jnp.where(layer["there"], a, 0), aux)
+        return y, (aux, cache)
 
     body = policy(remat)(body)
     if scan:

@@ -167,23 +167,54 @@ class Transformer(nnx.Module):
             slot: with a cache, where these tokens go in it.
             cached: with a cache, positions and segments of all its slots, these tokens included.
         """
-        x_BTD = self._embed(tokens_BT, tokens.positions)
-        x_BTD = dropout(x_BTD, self.config.dropout, keys_BT, jnp.uint32(2))
+        x_BTD = self.embed(tokens_BT, tokens.positions, keys_BT)
+        side = self.side(tokens, keys_BT, packed, slot, cached)
+        x_BTD, aux, cache = self.stage(x_BTD, side, cache)
+        return self.norm(x_BTD), aux, cache
+
+    def embed(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        keys_BT: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns what enters the first block."""
+        x_BTD = self._embed(tokens_BT, positions_BT)
+        return dropout(x_BTD, self.config.dropout, keys_BT, jnp.uint32(2))
+
+    def side(
+        self,
+        tokens: Tokens,
+        keys_BT: Array | None = None,
+        packed: bool = True,
+        slot: Array | None = None,
+        cached: Tokens | None = None,
+    ) -> Side:
+        """Returns what every block gets besides the residual stream; arguments as of a call."""
         rope = None
         if isinstance(self.config.positions, Rope):
             rope = rope_tables(
                 self.config.positions, self.config.head_dim, tokens.positions
             )
-        side = Side(tokens, rope, keys_BT, slot, cached, packed)
-        x_BTD, aux, cache = stack.run(
+        return Side(tokens, rope, keys_BT, slot, cached, packed)
+
+    def stage(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        side: Side,
+        cache: Any = None,
+        index_L: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
+        """Returns x after the layers that `self.layers` holds, see `stack.run`."""
+        return stack.run(
             self.layers,
             x_BTD,
             side,
             cache,
             remat=self.config.remat,
             scan=self.config.scan,
+            index_L=index_L,
         )
-        return self.norm(x_BTD), aux, cache
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         out = sharding.spec("batch", "length", None)

@@ -1,0 +1,194 @@
+"""Loss and gradient of a global batch: whole, in microbatches, or through the stages of a pipeline.
+
+Shapes: B global batch, A accumulated parts, M microbatches of a pipeline, R data replicas, b rows
+of a microbatch on one replica, T length, P stages, v rounds, l layers of a chunk.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from lm import objectives, sharding, trees
+from lm.models import pipeline, timetable
+from lm.nn.blockwise import Tokens
+from lm.nn.layers import dropout_keys
+from lm.program import STACK, Params, Program
+
+Sums = dict[str, Array]
+
+
+def of(
+    prog: Program,
+    params: Params,
+    batch: objectives.Batch,
+    step: Array,
+    count: Array,
+    poison: bool = False,
+) -> tuple[Sums, Params]:
+    """Returns the batch's sums (`loss` divided by `count`) and the gradient of that loss.
+
+    With microbatches the gradients of each data replica add up on their own, in fp32; they are
+    reduced over data once, by the last sum. `poison` is for tests, see `pipeline.run`.
+    """
+    A = prog.experiment.train.accumulate
+
+    def whole(params: Params, batch: objectives.Batch) -> tuple[Array, Sums]:
+        total, sums = objectives.causal(
+            prog.experiment.objective,
+            prog.model(params),
+            batch,
+            _keys(prog, batch, step),
+            prog.packed,
+        )
+        return total / count, {**sums, "loss": total / count}
+
+    def one(params: Params, batch: objectives.Batch) -> tuple[Sums, Params]:
+        if prog.places is not None:
+            return _staged(prog, params, batch, step, count, poison=poison)
+        if A > 1:
+            batch = jax.tree.map(_first, batch)
+        (_, sums), grads = jax.value_and_grad(whole, has_aux=True)(params, batch)
+        return sums, grads
+
+    if A == 1 and prog.places is None:
+        return one(params, batch)
+    layout = sharding.current()
+    R, replica = layout.size("replica"), layout.axes("replica")
+    lead = replica[0] if replica else None
+    with sharding.mapped("replica"):
+        parts = _parts(batch, A, prog.microbatches, R, lead)
+        if A == 1:
+            total = jax.vmap(one, (None, 1))(params, jax.tree.map(_first, parts))
+            return jax.tree.map(lambda x: x.sum(0), total)
+
+        def add(carry: Any, part: objectives.Batch) -> tuple[Any, None]:
+            found = jax.vmap(one, (None, 1))(params, part)
+            return jax.tree.map(jnp.add, carry, found), None
+
+        def zeros(x: Any, spec: P) -> Array:
+            return jnp.zeros(x.shape, x.dtype, out_sharding=spec)
+
+        shapes = jax.eval_shape(
+            jax.vmap(one, (None, 1)), params, jax.tree.map(_first, parts)
+        )
+        sums = {k: zeros(x, P(lead)) for k, x in shapes[0].items()}
+        flat = trees.flatten(shapes[1])
+        grads = {k: zeros(x, P(lead, *prog.specs[k])) for k, x in flat.items()}
+        start = (sums, trees.nest(grads))
+        total, _ = jax.lax.scan(add, start, parts)
+        return jax.tree.map(lambda x: x.sum(0), total)
+
+
+def scores(
+    prog: Program, objective: objectives.Causal, params: Params, batch: objectives.Batch
+) -> Sums:
+    """Returns the sums of a batch, run forward through the stages without dropout."""
+    prog = dataclasses.replace(
+        prog,
+        experiment=dataclasses.replace(
+            prog.experiment,
+            objective=objective,
+            model=dataclasses.replace(prog.experiment.model, dropout=0.0),
+        ),
+    )
+    layout = sharding.current()
+    R, replica = layout.size("replica"), layout.axes("replica")
+    zero, one = jnp.int32(0), jnp.float32(1)
+    with sharding.mapped("replica"):
+        M = prog.eval_microbatches
+        parts = _parts(batch, 1, M, R, replica[0] if replica else None)
+
+        def staged(batches: objectives.Batch) -> Sums:
+            return _staged(prog, params, batches, zero, one, forward=True)[0]
+
+        sums = jax.vmap(staged, 1)(jax.tree.map(_first, parts))
+        return jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def _first(a: Array) -> Array:
+    return jax.lax.index_in_dim(a, 0, 0, keepdims=False)
+
+
+def _parts(batch: objectives.Batch, A: int, M: int, R: int, lead: Any) -> Any:
+    """[B, ...] → [A, M, R, b, ...], every device keeping its own rows."""
+    rows = sharding.spec("batch")[0]
+
+    def split(x: Array) -> Array:
+        tail = jax.typeof(x).sharding.spec[1:]
+        shape = (R, x.shape[0] // (R * A * M), A * M, *x.shape[1:])
+        x = x.reshape(shape, out_sharding=P(lead, rows, None, *tail))
+        x = jnp.moveaxis(x, 2, 0)
+        return x.reshape(A, M, *x.shape[1:])
+
+    return jax.tree.map(split, batch)
+
+
+def _keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
+    if not prog.experiment.model.dropout:
+        return None
+    length = batch["tokens"].shape[1]
+    return dropout_keys(prog.experiment.train.seed, step, batch["index"], length)
+
+
+def _staged(
+    prog: Program,
+    params: Params,
+    batches: objectives.Batch,
+    step: Array,
+    count: Array,
+    forward: bool = False,
+    poison: bool = False,
+) -> tuple[Sums, Params]:
+    """Returns the sums and the gradient of microbatches [M, b, ...] through the stages."""
+    assert prog.places is not None
+    stages, rounds, _ = prog.places.shape
+    schedule = "forward" if forward else prog.experiment.pipeline.schedule
+    table = timetable.make(schedule, stages, len(batches["tokens"]), rounds)
+
+    def embed(rest: Params, batch: objectives.Batch) -> Array:
+        model = prog.model({**params, **rest})
+        keys = _keys(prog, batch, step)
+        return model.embed(batch["tokens"], batch["positions"], keys)
+
+    def stage(chunk: Any, x: Array, batch: objectives.Batch, ids: Array) -> Any:
+        model = prog.model({**params, STACK: chunk})
+        tokens = Tokens(batch["positions"], batch["segments"])
+        side = model.side(tokens, _keys(prog, batch, step), prog.packed)
+        x, aux, _ = model.stage(x, side, index_L=ids)
+        return x, jnp.zeros((), jnp.float32), aux
+
+    def head(rest: Params, x: Array, batch: objectives.Batch) -> tuple[Array, Sums]:
+        model = prog.model({**params, **rest})
+        objective = prog.experiment.objective
+        total, sums = objectives.score(objective, model, model.norm(x), batch)
+        return total / count, sums
+
+    def placed(x: Array) -> Array:
+        spec = jax.typeof(x).sharding.spec
+        shape = (*prog.places.shape, *x.shape[1:])
+        return x.reshape(shape, out_sharding=P(spec[0], None, None, *spec[1:]))
+
+    def rows(x: Array) -> Array:
+        spec = jax.typeof(x).sharding.spec
+        shape = (prog.places.size, *x.shape[3:])
+        return x.reshape(shape, out_sharding=P(spec[0], *spec[3:]))
+
+    rest = {k: v for k, v in params.items() if k != STACK}
+    stack = jax.tree.map(placed, params[STACK])
+    loss, sums, grads = pipeline.run(
+        table,
+        pipeline.Model(embed, stage, head),
+        rest,
+        stack,
+        batches,
+        prog.places,
+        poison,
+    )
+    sums = {**sums, "loss": loss}
+    if grads is None:
+        return sums, {}
+    return sums, {**grads[0], STACK: jax.tree.map(rows, grads[1])}

@@ -1,0 +1,191 @@
+"""What is known of an experiment on a mesh before any array exists."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from lm import optim, sharding, trees
+from lm.experiment import Experiment
+from lm.models import timetable
+from lm.models.transformer import Transformer
+
+Params = dict[str, Any]
+STACK = "layers"  # the parameters that are stacked over the layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """An experiment on a mesh: its model, where everything lives, its optimizer."""
+
+    experiment: Experiment
+    layout: sharding.Layout
+    structure: Any  # tree structure of the model, with its static parts
+    shapes: dict[
+        str, jax.ShapeDtypeStruct
+    ]  # of parameters by path, in the model's order
+    axes: dict[str, tuple[str, ...]]  # their logical axes
+    specs: dict[str, P]  # where they are stored
+    updates: dict[
+        str, P
+    ]  # where they are updated: `specs`, split over data too by ZeRO-1
+    optimizer: optax.GradientTransformationExtraArgs
+    rate: Callable[[Any], Array]  # learning rate by step
+    places: (
+        np.ndarray | None
+    )  # int [P, v, l]: layers on the stages; None without stages
+
+    def model(self, params: Params) -> Transformer:
+        """Returns the model with these parameters."""
+        flat = trees.flatten(params)
+        return jax.tree.unflatten(self.structure, [flat[path] for path in self.shapes])
+
+    def sharding(self, spec: P) -> jax.sharding.NamedSharding:
+        """Returns the NamedSharding of `spec` on this mesh."""
+        return sharding.shard(self.layout, spec)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold several segments."""
+        return self.experiment.data.isolate
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of a pipeline; 1 without stages."""
+        if self.places is None:
+            return 1
+        return self.experiment.pipeline.count(len(self.places))
+
+    @property
+    def eval_microbatches(self) -> int:
+        """Microbatches of an evaluation batch: as many as there are rows for, up to those."""
+        rows = self.experiment.eval_size() // self.layout.size("batch")
+        group = 1 if self.experiment.pipeline.rounds == 1 else len(self.places)
+        fits = (n for n in range(group, self.microbatches + 1, group) if rows % n == 0)
+        return max(fits, default=0)
+
+    @property
+    def rows(self) -> np.ndarray | None:
+        """The layer in each row of a stacked parameter (-1: none), if not simply 0, 1, 2, …."""
+        if self.places is None:
+            return None
+        rows = self.places.ravel()
+        return None if np.array_equal(rows, np.arange(len(rows))) else rows
+
+    def batch_sharding(self) -> jax.sharding.NamedSharding:
+        """Returns the sharding of a [B, T] batch."""
+        with sharding.use(self.layout):
+            return self.sharding(sharding.spec("batch", "length"))
+
+    def compiled(self, f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """Compiles `f` for this mesh; calling it needs no context."""
+        jitted = jax.jit(f, **options)
+
+        def call(*args: Any) -> Any:
+            with sharding.use(self.layout):
+                return jitted(*args)
+
+        def lower(*args: Any) -> Any:
+            with sharding.use(self.layout):
+                return jitted.lower(*args)
+
+        def shapes(*args: Any) -> Any:
+            with sharding.use(self.layout):
+                return jax.tree.map(self._abstract, jax.eval_shape(jitted, *args))
+
+        call.lower = lower  # type: ignore[attr-defined]
+        call.shapes = shapes  # type: ignore[attr-defined]
+        return call
+
+    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding is not None else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding(spec))
+
+
+def program(experiment: Experiment, layout: sharding.Layout) -> Program:
+    """Builds the abstract model, its shardings and its optimizer; allocates nothing.
+
+    Raises:
+        ConfigError: a dimension that the mesh does not divide, or an optimizer that does not fit.
+    """
+    experiment.fit(layout)
+    stages = layout.size("layers")
+    places = None
+    if stages > 1:
+        rounds = experiment.pipeline.rounds
+        places = timetable.placement(experiment.model.layers, stages, rounds)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with sharding.use(layout):
+        abstract = jax.eval_shape(functools.partial(build, experiment.model), key)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(
+            abstract, is_leaf=lambda x: isinstance(x, nnx.Param)
+        )
+        params = {_path(keys): leaf for keys, leaf in leaves}
+        axes = {
+            path: ("layers",) * (len(p.shape) - len(p.axes)) + p.axes
+            for path, p in params.items()
+        }
+        shapes = {
+            path: jax.ShapeDtypeStruct(_stored(path, p.shape, places), p.dtype)
+            for path, p in params.items()
+        }
+        specs = {
+            path: sharding.storage(path, x.shape, axes[path])
+            for path, x in shapes.items()
+        }
+    updates = specs
+    if experiment.mesh.zero1:
+        updates = {
+            path: _zero1(layout, shapes[path], spec) for path, spec in specs.items()
+        }
+    return Program(
+        experiment=experiment,
+        layout=layout,
+        structure=jax.tree.structure(abstract),
+        shapes=shapes,
+        axes=axes,
+        specs=specs,
+        updates=updates,
+        optimizer=optim.build(experiment.optim, experiment.train.steps, axes),
+        rate=optim.schedule(experiment.optim, experiment.train.steps),
+        places=places,
+    )
+
+
+def _stored(
+    path: str, shape: tuple[int, ...], places: np.ndarray | None
+) -> tuple[int, ...]:
+    """Returns the shape in memory: stacked parameters have a row for every place of a layer."""
+    if places is None or path.split("/")[0] != STACK:
+        return shape
+    return (places.size, *shape[1:])
+
+
+def build(config: Transformer.Config, key: Array) -> Transformer:
+    return Transformer(config, nnx.Rngs(params=key))
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return "/".join(key.name for key in keys)
+
+
+def _zero1(layout: sharding.Layout, shape: jax.ShapeDtypeStruct, spec: P) -> P:
+    """Adds the replica axis to the first dimension that it divides (ZeRO stage 1)."""
+    extra = layout.axes("replica")
+    if not extra:
+        return spec
+    entries: Any = [*spec, *[None] * (len(shape.shape) - len(spec))]
+    for i, entry in enumerate(entries):
+        over: tuple[str, ...] = sharding.names(entry) + extra
+        if shape.shape[i] % math.prod(layout.mesh.shape[a] for a in over) == 0:
+            entries[i] = over[0] if len(over) == 1 else over
+            return P(*entries)
+    return spec

@@ -1,0 +1,91 @@
+"""Stacked parameters: in memory a row for every place on the stages, in checkpoints for every layer.
+
+The rows of a stage lie on its devices, in the order of its rounds, so that no step moves weights
+between stages. Plain order is that of the layers, without the places that hold none; there the
+stages' mesh axis splits the width of the weights instead, so that no device holds more than before.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+from jaxtyping import Array
+
+from lm import sharding, trees
+from lm.program import STACK, Program
+
+
+def plain(prog: Program, tree: Any) -> Any:
+    """Returns the tree (parameters, or a state with such in it) with its stacks in plain order."""
+    if prog.places is None:
+        return tree
+    rows = prog.places.ravel()
+    order = np.argsort(np.where(rows < 0, len(rows), rows))[: (rows >= 0).sum()]
+
+    def one(path: str, x: Array) -> Array:
+        spec = _spread(prog, path, x)
+        return reshard(x, spec).at[order].get(out_sharding=spec)
+
+    return _stacks(prog, tree, one)
+
+
+def arranged(prog: Program, tree: Any) -> Any:
+    """Returns the tree with its stacks in the order of memory; the inverse of `plain`."""
+    if prog.places is None:
+        return tree
+    rows = prog.places.ravel()
+
+    def one(path: str, x: Array) -> Array:
+        del path
+        spec = jax.typeof(x).sharding.spec
+        x = x.at[np.maximum(rows, 0)].get(out_sharding=spec)
+        there = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
+        return reshard(jnp.where(there, x, 0), _together(spec))
+
+    return _stacks(prog, tree, one)
+
+
+def _stacks(prog: Program, tree: Any, change: Any) -> Any:
+    flat = trees.flatten(tree)
+    for path, x in flat.items():
+        if _name(prog, path) is not None:
+            flat[path] = change(path, x)
+    return trees.unflatten(flat, tree)
+
+
+def _name(prog: Program, path: str) -> str | None:
+    """Returns the stacked parameter whose value, or a statistic of it, lies at the path."""
+    start = f"/{path}".find(f"/{STACK}/")
+    return path[start:] if start >= 0 and path[start:] in prog.axes else None
+
+
+def _stages() -> tuple[str, ...]:
+    return sharding.current().axes("layers")
+
+
+def _spread(prog: Program, path: str, x: Array) -> P:
+    """Returns the spec of x in plain order: the stages' axis goes from the rows to the width."""
+    stages, shape = _stages(), sharding.current().mesh.shape
+    entries = [
+        tuple(a for a in sharding.names(e) if a not in stages)
+        for e in jax.typeof(x).sharding.spec
+    ]
+    axes = prog.axes[str(_name(prog, path))]
+    if "embed" in axes:
+        i = axes.index("embed")
+        over = entries[i] + stages
+        if x.shape[i] % math.prod(shape[a] for a in over) == 0:
+            entries[i] = over
+    return P(*(e[0] if len(e) == 1 else e or None for e in entries))
+
+
+def _together(spec: P) -> P:
+    """The inverse of `_spread`."""
+    stages = _stages()
+    entries = [tuple(a for a in sharding.names(e) if a not in stages) for e in spec]
+    entries[0] = stages + entries[0]
+    return P(*(e[0] if len(e) == 1 else e or None for e in entries))
