@@ -234,8 +234,8 @@ class Experiment:
         if self.model.vocab_rows % rows:
             raise ConfigError(
                 f"model.vocab_multiple={self.model.vocab_multiple} pads the vocabulary to "
-                f"{self.model.vocab_rows} rows, which {rows} devices (tensor x pipe) do not divide; set "
-                f"model.vocab_multiple to a multiple of {rows}"
+                f"{self.model.vocab_rows} rows, which {rows} devices (tensor x pipe) do not "
+                f"divide; set model.vocab_multiple to a multiple of {rows}"
             )
 
 

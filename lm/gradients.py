@@ -47,14 +47,14 @@ def of(
         return total / count, {**sums, "loss": total / count}
 
     def one(params: Params, batch: objectives.Batch) -> tuple[Sums, Params]:
-        if prog.places is not None:
+        if prog.staged:
             return _staged(prog, params, batch, step, count, poison=poison)
         if A > 1:
             batch = jax.tree.map(_first, batch)
         (_, sums), grads = jax.value_and_grad(whole, has_aux=True)(params, batch)
         return sums, grads
 
-    if A == 1 and prog.places is None:
+    if A == 1 and not prog.staged:
         return one(params, batch)
     layout = sharding.current()
     R, replica = layout.size("replica"), layout.axes("replica")
@@ -144,7 +144,6 @@ def _staged(
     poison: bool = False,
 ) -> tuple[Sums, Params]:
     """Returns the sums and the gradient of microbatches [M, b, ...] through the stages."""
-    assert prog.places is not None
     stages, rounds, _ = prog.places.shape
     schedule = "forward" if forward else prog.experiment.pipeline.schedule
     table = timetable.make(schedule, stages, len(batches["tokens"]), rounds)

@@ -53,6 +53,11 @@ class Program:
         return sharding.shard(self.layout, spec)
 
     @property
+    def staged(self) -> bool:
+        """Whether the layers lie on the stages of a pipeline."""
+        return len(self.places) > 1
+
+    @property
     def packed(self) -> bool:
         """Whether a row may hold several segments."""
         return self.experiment.data.isolate
@@ -60,9 +65,7 @@ class Program:
     @property
     def microbatches(self) -> int:
         """Microbatches of a pipeline; 1 without stages."""
-        if self.places is None:
-            return 1
-        return self.experiment.pipeline.count(len(self.places))
+        return self.experiment.pipeline.count(len(self.places)) if self.staged else 1
 
     @property
     def eval_microbatches(self) -> int:
@@ -75,8 +78,6 @@ class Program:
     @property
     def rows(self) -> np.ndarray | None:
         """The layer in each row of a stacked parameter (-1: none), if not simply 0, 1, 2, …."""
-        if self.places is None:
-            return None
         rows = self.places.ravel()
         return None if np.array_equal(rows, np.arange(len(rows))) else rows
 
@@ -118,10 +119,8 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
     """
     experiment.fit(layout)
     stages = layout.size("layers")
-    places = None
-    if stages > 1:
-        rounds = experiment.pipeline.rounds
-        places = timetable.placement(experiment.model.layers, stages, rounds)
+    rounds = experiment.pipeline.rounds if stages > 1 else 1
+    places = timetable.placement(experiment.model.layers, stages, rounds)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use(layout):
         abstract = jax.eval_shape(functools.partial(build, experiment.model), key)
@@ -160,11 +159,9 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
     )
 
 
-def _stored(
-    path: str, shape: tuple[int, ...], places: np.ndarray | None
-) -> tuple[int, ...]:
+def _stored(path: str, shape: tuple[int, ...], places: np.ndarray) -> tuple[int, ...]:
     """Returns the shape in memory: stacked parameters have a row for every place of a layer."""
-    if places is None or path.split("/")[0] != STACK:
+    if path.split("/")[0] != STACK:
         return shape
     return (places.size, *shape[1:])
 

@@ -1,4 +1,4 @@
-"""Stacked parameters: in memory a row for every place on the stages, in checkpoints for every layer.
+"""Stacked parameters: in memory rows in the order of stages, in checkpoints in that of layers.
 
 The rows of a stage lie on its devices, in the order of its rounds, so that no step moves weights
 between stages. Plain order is that of the layers, without the places that hold none; there the
@@ -21,7 +21,7 @@ from lm.program import STACK, Program
 
 def plain(prog: Program, tree: Any) -> Any:
     """Returns the tree (parameters, or a state with such in it) with its stacks in plain order."""
-    if prog.places is None:
+    if not prog.staged:
         return tree
     rows = prog.places.ravel()
     order = np.argsort(np.where(rows < 0, len(rows), rows))[: (rows >= 0).sum()]
@@ -35,7 +35,7 @@ def plain(prog: Program, tree: Any) -> Any:
 
 def arranged(prog: Program, tree: Any) -> Any:
     """Returns the tree with its stacks in the order of memory; the inverse of `plain`."""
-    if prog.places is None:
+    if not prog.staged:
         return tree
     rows = prog.places.ravel()
 

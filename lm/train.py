@@ -15,11 +15,10 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array
 
-from lm import gradients, objectives, optim, sharding, stacked, trees
-from lm.program import Params as Params
-from lm.program import Program as Program
-from lm.program import build
-from lm.program import program as program
+from lm import gradients, objectives, optim, stacked, trees
+from lm.program import Params, Program, build, program
+
+__all__ = ["Params", "Program", "program"]  # from here, as a script would look for them
 
 Metrics = dict[str, Array]
 
@@ -149,7 +148,7 @@ def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metric
         plain = dataclasses.replace(
             prog.experiment.objective, z_loss=0.0, label_smoothing=0.0
         )
-        if prog.places is not None:
+        if prog.staged:
             return gradients.scores(prog, plain, params, batch)
         _, sums = objectives.causal(plain, prog.model(params), batch, None, prog.packed)
         return sums

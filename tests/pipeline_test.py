@@ -36,7 +36,8 @@ CASES = {
         "mesh.sequence_parallel=true", "train.accumulate=2", "model.scan=true",
     ],
     "1f1b, learned positions": [
-        *toy.CLASSIC, "model.attention.bias=false", "mesh.pipe=2", "mesh.tensor=4", "pipeline.microbatches=16",
+        *toy.CLASSIC, "model.attention.bias=false", "mesh.pipe=2", "mesh.tensor=4",
+        "pipeline.microbatches=16",
     ],
 }  # fmt: skip
 

@@ -68,7 +68,7 @@ def test_the_table_names_only_mesh_axes():
 
 def test_replicas_stand_for_data_and_only_inside():
     with sharding.use(layout(data=2, fsdp=4)):
-        with sharding.replicas():
+        with sharding.mapped("replica"):
             assert sharding.spec("batch") == P("fsdp")
         assert sharding.spec("batch") == P(("data", "fsdp"))
 
@@ -105,7 +105,7 @@ def test_meshes_that_do_not_fit_are_refused():
         MeshConfig(data=-1, fsdp=-1)
     with toy.refused("mesh.fsdp=0: expected a positive number, or -1"):
         MeshConfig(fsdp=0)
-    for axis in ("pipe", "seq", "expert"):
+    for axis in ("seq", "expert"):
         with toy.refused(f"mesh.{axis}=2: not available yet; set mesh.{axis}=1"):
             MeshConfig(**{axis: 2})
     with toy.refused("does not multiply to 6 devices"):
@@ -264,7 +264,7 @@ def test_attention_on_a_mesh_is_the_same_and_moves_nothing(vmapped, implementati
     ]
 
     def on_replicas(*args):
-        with sharding.replicas():
+        with sharding.mapped("replica"):
             return jax.vmap(f)(*args)
 
     with sharding.use(on_mesh):
@@ -328,7 +328,7 @@ def test_arguments_are_shared_or_mapped_under_vmap():
         )
 
         def run(rows, w, scalars):
-            with sharding.replicas():
+            with sharding.mapped("replica"):
                 f = region_of(P("tensor", None), P(None), P("tensor"))
                 grad = jax.value_and_grad(functools.partial(loss, f))
                 return jax.vmap(grad, (0, None, 0))(rows, w, scalars)
@@ -350,7 +350,7 @@ def test_a_region_may_hold_collectives_of_its_own():
     x = np.arange(32.0, dtype=np.float32).reshape(4, 8)
 
     def run(x):
-        with sharding.replicas():
+        with sharding.mapped("replica"):
             total = lambda s: (lax.psum(s.sum(), "tensor")[None],)  # noqa: E731
             f = manual.region(total, (P("tensor"),), (P(None),))
             return jax.vmap(f)(x)[0]

@@ -74,7 +74,8 @@ def test_kept_inputs_are_as_few_as_stated_and_never_written_over(table):
         slots: dict[int, int] = {}
         for t in range(len(table.forward)):
             if (job := int(table.forward[t, s])) != IDLE:
-                assert (slot := int(table.forward_slot[t, s])) not in slots
+                slot = int(table.forward_slot[t, s])
+                assert slot not in slots
                 slots[slot] = job
             if (job := int(table.backward[t, s])) != IDLE:
                 assert slots.pop(int(table.backward_slot[t, s])) == job
