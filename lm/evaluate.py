@@ -15,6 +15,7 @@ from lm.train import Params, Program
 
 AHEAD = 4  # batches that may wait on the device
 
+
 def stores(experiment: Experiment, coder: Tokenizer) -> dict[str, list[loader.Store]]:
     """Returns the tokenized text of each evaluation set, by its name."""
     return {
