@@ -23,6 +23,7 @@ FLOORS = {
     "lm.terminal": 0.5,
     "lm.plot": 0.5,
     "lm.stop": 0.5,
+    "lm.heap": 0.5,
     "lm.data": 1.0,
     "lm.nn": 1.0,
     "lm.schedules": 1.0,
