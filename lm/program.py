@@ -39,9 +39,7 @@ class Program:
     ]  # where they are updated: `specs`, split over data too by ZeRO-1
     optimizer: optax.GradientTransformationExtraArgs
     rate: Callable[[Any], Array]  # learning rate by step
-    places: (
-        np.ndarray | None
-    )  # int [P, v, l]: layers on the stages; None without stages
+    places: np.ndarray  # int [P, v, l]: the layer in each place, -1: none
 
     def model(self, params: Params) -> Transformer:
         """Returns the model with these parameters."""
