@@ -100,9 +100,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
             if last or due(position.step, experiment.checkpoint.every):
                 log.arrive()
                 position = dataclasses.replace(position, tokens=log.tokens)
-                meta = _meta(experiment, position, coder)
-                arrays = train.saved(prog, state)
-                checkpoints.save(position.step, arrays, meta, coder.files())
+                _save(checkpoints, prog, state, position, coder)
                 writer.flush()
                 log.restart()
         checkpoints.wait()
@@ -231,6 +229,18 @@ def _batches(
     )
     for batch in host:
         yield loader.to_devices(batch, sharding_BT)
+
+
+def _save(
+    checkpoints: checkpoint.Checkpoints,
+    prog: Program,
+    state: TrainState,
+    position: Position,
+    coder: Tokenizer,
+) -> None:
+    meta = _meta(prog.experiment, position, coder)
+    arrays = train.saved(prog, state)
+    checkpoints.save(position.step, arrays, meta, coder.files())
 
 
 def _meta(

@@ -24,8 +24,8 @@ from jax.sharding import reshard
 from jaxtyping import Array
 
 from lm import sharding
+from lm.models import stages
 from lm.models.timetable import IDLE, Timetable
-from lm.nn import manual
 
 Sums = dict[str, Array]  # fp32 scalars that are reported
 Batch = dict[str, Array]
@@ -50,18 +50,7 @@ class _Run:
     rest: Any
     stack: Any  # leaves [P, v, l, ...]
     batches: Batch  # leaves [M, b, ...]
-    act: Spec  # of one microbatch's activations
     poison: bool  # what idle stages are given is NaN
-
-    @property
-    def axis(self) -> str:
-        """The mesh axis of the stages."""
-        (name,) = sharding.current().axes("layers")
-        return name
-
-    def spec(self, *rest: Any) -> Spec:
-        """Returns the spec of an array with a leading axis of stages."""
-        return Spec(self.axis, *rest)
 
 
 def run(
@@ -87,10 +76,7 @@ def run(
         layers: int [P, v, l]: ids of the layers; negative where there is none.
         poison: for tests: idle stages work on NaN, which no result may show.
     """
-    shared = _Run(
-        table, model, rest, stack, batches,
-        sharding.spec("batch", "residual", None), poison,
-    )  # fmt: skip
+    shared = _Run(table, model, rest, stack, batches, poison)
     rows = _rows(table, layers)
     carry = _start(shared)
     first = 0
@@ -152,12 +138,12 @@ def _start(shared: _Run) -> dict[str, Any]:
     one = jax.eval_shape(shared.model.embed, shared.rest, batch)
 
     def zeros(*lead: int) -> Array:
-        spec = shared.spec(*[None] * (len(lead) - 1), *shared.act)
+        spec = stages.spec(*[None] * (len(lead) - 1), *stages.act())
         return jnp.zeros((*lead, *one.shape), one.dtype, out_sharding=spec)
 
     def sums(rest: Any, stack: Any) -> Sums:
         ids = jnp.zeros(jax.tree.leaves(stack)[0].shape[:3:2], jnp.int32)
-        ids = reshard(ids, shared.spec(None))
+        ids = reshard(ids, stages.spec(None))
         chunk = jax.tree.map(lambda a: a[:, 0], stack)
         _, _, of_stage = _stages(shared)(
             chunk, zeros(P), _of_stages(shared, ids[:, 0]), ids
@@ -186,7 +172,7 @@ def _start(shared: _Run) -> dict[str, Any]:
     return carry | {
         "kept": zeros(P, table.slots),
         "g": zeros(P),
-        "g_head": jnp.zeros(shape, one.dtype, out_sharding=Spec(None, *shared.act)),
+        "g_head": jnp.zeros(shape, one.dtype, out_sharding=Spec(None, *stages.act())),
         "d_rest": jax.tree.map(like, shared.rest),
         "d_stack": jax.tree.map(like, shared.stack),
     }
@@ -195,7 +181,7 @@ def _start(shared: _Run) -> dict[str, Any]:
 def _tick(shared: _Run, kinds: str, carry: Any, row: Any) -> tuple[Any, None]:
     # Columns of stages go where the stages are.
     row = {
-        k: reshard(a, shared.spec(*[None] * (a.ndim - 1))) if a.ndim else a
+        k: reshard(a, stages.spec(*[None] * (a.ndim - 1))) if a.ndim else a
         for k, a in row.items()
     }
     if "F" in kinds:
@@ -210,14 +196,14 @@ def _tick(shared: _Run, kinds: str, carry: Any, row: Any) -> tuple[Any, None]:
 def _forward(shared: _Run, carry: Any, row: Any) -> Any:
     """Every stage takes what its neighbour made (the first one a new microbatch), and runs."""
     new = shared.model.embed(shared.rest, _at(shared.batches, row["f_micro_first"]))
-    came = _shift(shared, carry["y"], 1)
+    came = stages.shift(carry["y"], 1)
     x = jnp.where(_column(row["f_first"], 3), new[None], came)
     if shared.poison:
         x = jnp.where(_column(row["f_on"], 3), x, jnp.nan)
     if "kept" in carry:
-        kept = _keep(shared, carry["kept"], x, row["f_slot"], row["f_on"])
+        kept = stages.put(carry["kept"], x, row["f_slot"], row["f_on"])
         carry = {**carry, "kept": kept}
-    chunk = _chunks(shared, row["f_round"])
+    chunk = stages.chunks(shared.stack, row["f_round"])
     batch = _of_stages(shared, row["f_micro"])
     y, loss, sums = _stages(shared)(chunk, x, batch, row["f_layers"])
     loss, sums = jax.tree.map(
@@ -236,7 +222,7 @@ def _head(shared: _Run, carry: Any, row: Any) -> Any:
     """Loss of the microbatch that leaves the last stage, and its gradient."""
     on, m = row["f_on_last"], row["f_micro_last"]
     batch = _at(shared.batches, m)
-    x = _from_stage(shared, carry["y"], shared.table.stages - 1)
+    x = stages.of_one(carry["y"], shared.table.stages - 1)
     x = jnp.where(on, x, 0)
     if "g" in carry:
         loss, vjp, sums = jax.vjp(
@@ -264,20 +250,19 @@ def _backward(shared: _Run, carry: Any, row: Any) -> Any:
     slot = row["b_micro_last"] % shared.table.head_slots
     of_head = lax.dynamic_index_in_dim(carry["g_head"], slot, 0, keepdims=False)
     g = jnp.where(
-        _column(row["b_last"], 3), of_head[None], _shift(shared, carry["g"], -1)
+        _column(row["b_last"], 3), of_head[None], stages.shift(carry["g"], -1)
     )
-    x = _kept(shared, carry["kept"], row["b_slot"])
+    x = stages.get(carry["kept"], row["b_slot"])
     if shared.poison:
         g = jnp.where(_column(row["b_on"], 3), g, jnp.nan)
     # Zeros, so that an idle stage's gradient is zero.
     x, g = (jnp.where(_column(row["b_on"], 3), a, 0) for a in (x, g))
-    stages = _stages(shared, backward=True)
-    d_chunk, g = stages(
-        _chunks(shared, row["b_round"]), x, _of_stages(shared, row["b_micro"]),
+    d_chunk, g = _stages(shared, backward=True)(
+        stages.chunks(shared.stack, row["b_round"]), x, _of_stages(shared, row["b_micro"]),
         row["b_layers"], g, row["b_on"].astype(jnp.float32),
     )  # fmt: skip
-    d_stack = _add_chunks(shared, carry["d_stack"], d_chunk, row["b_round"])
-    g_first = jnp.where(row["b_on_first"], _from_stage(shared, g, 0), 0)
+    d_stack = stages.add_chunks(carry["d_stack"], d_chunk, row["b_round"])
+    g_first = jnp.where(row["b_on_first"], stages.of_one(g, 0), 0)
     batch = _at(shared.batches, row["b_micro_first"])
     _, vjp = jax.vjp(lambda rest: shared.model.embed(rest, batch), shared.rest)
     (d_rest,) = vjp(g_first)
@@ -325,83 +310,6 @@ def _of_stages(shared: _Run, m_P: Array) -> Batch:
 
     def pick(a: Array) -> Array:
         rest = jax.typeof(a).sharding.spec[1:]
-        return a.at[m_P].get(out_sharding=shared.spec(*rest))
+        return a.at[m_P].get(out_sharding=stages.spec(*rest))
 
     return jax.tree.map(pick, shared.batches)
-
-
-def _shift(shared: _Run, a: Array, by: int) -> Array:
-    """Sends every stage's array to the next stage, or the one before; a ring."""
-    P, spec = shared.table.stages, shared.spec(*shared.act)
-    pairs = [(i, (i + by) % P) for i in range(P)]
-
-    def send(a: Array) -> Array:
-        return lax.ppermute(a, shared.axis, pairs)
-
-    return manual.region(send, (spec,), spec)(a)
-
-
-def _from_stage(shared: _Run, a: Array, s: int) -> Array:
-    """Returns one stage's array on all of them: a sum with nothing from the others."""
-
-    def masked(a: Array) -> Array:
-        mine = lax.axis_index(shared.axis) == s
-        return lax.psum(jnp.where(mine, a[0], 0), shared.axis)
-
-    return manual.region(masked, (shared.spec(*shared.act),), shared.act)(a)
-
-
-def _keep(shared: _Run, kept: Array, x: Array, slot_P: Array, on_P: Array) -> Array:
-    """Puts every stage's array into its slot, where the stage is not idle."""
-
-    def put(kept: Array, x: Array, slot: Array, on: Array) -> Array:
-        old = lax.dynamic_index_in_dim(kept, slot[0], 1, keepdims=False)
-        x = jnp.where(on[0], x, old)
-        return lax.dynamic_update_index_in_dim(kept, x, slot[0], 1)
-
-    many, one = shared.spec(None, *shared.act), shared.spec(*shared.act)
-    ids = shared.spec()
-    return manual.region(put, (many, one, ids, ids), many)(kept, x, slot_P, on_P)
-
-
-def _kept(shared: _Run, kept: Array, slot_P: Array) -> Array:
-    """Returns what lies in every stage's slot."""
-
-    def get(kept: Array, slot: Array) -> Array:
-        return lax.dynamic_index_in_dim(kept, slot[0], 1, keepdims=False)
-
-    many, one = shared.spec(None, *shared.act), shared.spec(*shared.act)
-    return manual.region(get, (many, shared.spec()), one)(kept, slot_P)
-
-
-def _chunks(shared: _Run, round_P: Array) -> Any:
-    """Returns every stage's chunk of this round: leaves [P, l, ...]."""
-    if shared.table.rounds == 1:
-        return jax.tree.map(lambda a: a[:, 0], shared.stack)
-
-    def get(a: Array, r: Array) -> Array:
-        return lax.dynamic_index_in_dim(a, r[0], 1, keepdims=False)
-
-    def one(a: Array) -> Array:
-        spec = jax.typeof(a).sharding.spec
-        out = Spec(spec[0], *spec[2:])
-        return manual.region(get, (spec, shared.spec()), out)(a, round_P)
-
-    return jax.tree.map(one, shared.stack)
-
-
-def _add_chunks(shared: _Run, total: Any, part: Any, round_P: Array) -> Any:
-    """Adds every stage's chunk, leaves [P, l, ...], to its round of the total."""
-    if shared.table.rounds == 1:
-        return jax.tree.map(lambda a, b: a + b[:, None].astype(a.dtype), total, part)
-
-    def put(a: Array, b: Array, r: Array) -> Array:
-        old = lax.dynamic_index_in_dim(a, r[0], 1, keepdims=False)
-        return lax.dynamic_update_index_in_dim(a, old + b.astype(a.dtype), r[0], 1)
-
-    def one(a: Array, b: Array) -> Array:
-        spec = jax.typeof(a).sharding.spec
-        ins = (spec, Spec(spec[0], *spec[2:]), shared.spec())
-        return manual.region(put, ins, spec)(a, b, round_P)
-
-    return jax.tree.map(one, total, part)
