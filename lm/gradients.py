@@ -134,6 +134,15 @@ def _keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
     return dropout_keys(prog.experiment.train.seed, step, batch["index"], length)
 
 
+def table(prog: Program, forward: int | None = None) -> timetable.Timetable:
+    """Returns the timetable of a step, or of so many microbatches forward only."""
+    P, v, _ = prog.places.shape
+    if forward is not None:
+        return timetable.make("forward", P, forward, v)
+    schedule = prog.experiment.pipeline.schedule
+    return timetable.make(schedule, P, prog.microbatches, v)
+
+
 def _staged(
     prog: Program,
     params: Params,
@@ -144,9 +153,6 @@ def _staged(
     poison: bool = False,
 ) -> tuple[Sums, Params]:
     """Returns the sums and the gradient of microbatches [M, b, ...] through the stages."""
-    stages, rounds, _ = prog.places.shape
-    schedule = "forward" if forward else prog.experiment.pipeline.schedule
-    table = timetable.make(schedule, stages, len(batches["tokens"]), rounds)
 
     def embed(rest: Params, batch: objectives.Batch) -> Array:
         model = prog.model({**params, **rest})
@@ -179,7 +185,7 @@ def _staged(
     rest = {k: v for k, v in params.items() if k != STACK}
     stack = jax.tree.map(placed, params[STACK])
     loss, sums, grads = pipeline.run(
-        table,
+        table(prog, len(batches["tokens"]) if forward else None),
         pipeline.Model(embed, stage, head),
         rest,
         stack,

@@ -16,6 +16,7 @@ from lm import (
     config,
     evaluate,
     generate,
+    gradients,
     metrics,
     plot,
     resume,
@@ -299,10 +300,23 @@ def _describe(prog: Program) -> str:
     mesh, devices = prog.layout.mesh, jax.devices()
     axes = " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1)
     count = sum(math.prod(s.shape) for s in prog.shapes.values())
+    if prog.staged:
+        axes += f"; {_flow(prog)}"
     of = "" if mesh.size == len(devices) else f" of {len(devices)}"
     return (
         f"{prog.experiment.name}: {count / 1e6:.1f} M parameters on {mesh.size}{of} "
         f"{devices[0].device_kind} ({axes or 'one device'})"
+    )
+
+
+def _flow(prog: Program) -> str:
+    """How microbatches flow through the stages, and where layers do not divide."""
+    table = gradients.table(prog)
+    held = (prog.places >= 0).sum((1, 2))
+    uneven = "" if len(set(held)) == 1 else f", layers {'+'.join(map(str, held))}"
+    return (
+        f"{prog.experiment.pipeline.schedule}, {table.microbatches} microbatches, "
+        f"bubble {table.bubble:.0%}{uneven}"
     )
 
 
