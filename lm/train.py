@@ -290,7 +290,7 @@ def gradients(
         def split(x: Array) -> Array:
             """[B, ...] → [A, R, b, ...], every device keeping its own rows."""
             tail = x.shape[1:]
-            spec = P(lead, rows, None, *[None] * len(tail))
+            spec = P(lead, rows, None, *sharding.spec("length")[: len(tail)])
             x = x.reshape(R, x.shape[0] // R // A, A, *tail, out_sharding=spec)
             return jnp.moveaxis(x, 2, 0)
 

@@ -13,6 +13,7 @@ import pytest
 
 from lm import config, sharding, train, trees
 from lm.config import ConfigError
+from lm.data import loader
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.experiment import Experiment, Train
@@ -36,6 +37,14 @@ MESHES = {
         "mesh.data=2",
         "mesh.tensor=4",
         "mesh.sequence_parallel=true",
+    ],
+    "seq 8": ["mesh.data=1", "mesh.seq=8", "model.attention.context=ring"],
+    "data 2 x seq 2 x tensor 2": ["mesh.data=2", "mesh.seq=2", "mesh.tensor=2"],
+    "fsdp 2 x seq 4": [
+        "mesh.data=1",
+        "mesh.fsdp=2",
+        "mesh.seq=4",
+        "model.attention.context=ring",
     ],
     "data 4 x tensor 2, zero1": [
         "mesh.data=4",
@@ -139,12 +148,7 @@ def restart(segments: np.ndarray) -> np.ndarray:
 
 def place(prog: train.Program, host: dict[str, Any]) -> dict[str, Any]:
     """Returns the batch on the program's devices."""
-    rows = prog.batch_sharding().spec
-    spec = jax.sharding.PartitionSpec
-    return {
-        k: jax.device_put(x, prog.sharding(spec(*rows[: x.ndim])))
-        for k, x in host.items()
-    }
+    return loader.to_devices(host, prog.batch_sharding())
 
 
 @functools.cache
