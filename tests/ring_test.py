@@ -4,6 +4,7 @@ Shapes: B batch, T length, K kv heads, G query heads for each, H head dim, C dev
 """
 
 import functools
+import itertools
 import re
 
 import hlo
@@ -191,7 +192,9 @@ def test_a_ring_holds_permutes_only_and_its_program_does_not_grow(forward):
         assert {(c.kind, c.axes) for c in some} == {
             ("collective-permute", frozenset({"seq"}))
         }
-    assert len(found[0]) == len(found[1]) <= (4 if forward else 12)
+    # Four arrays forward; again in the backward, once before its loop, and two of gradients, which
+    # go home after it.
+    assert len(found[0]) == len(found[1]) == (4 if forward else 4 + 4 + 6 + 2)
 
 
 def test_under_a_vmap_the_ring_stays_in_its_replica():
@@ -233,7 +236,7 @@ def test_memory_of_the_gradient_falls_with_the_devices():
     sizes = [
         of_a_long_row(C).memory_analysis().temp_size_in_bytes for C in (1, 2, 4, 8)
     ]
-    for one, half in zip(sizes[1:], sizes[2:], strict=False):
+    for one, half in itertools.pairwise(sizes[1:]):
         assert half < 0.6 * one, sizes
 
 
@@ -315,18 +318,19 @@ def test_auto_gathers_short_rows_and_sends_long_ones_round():
             "use auto (which takes blockwise here)",
         ):
             short.choose(name)
-    with toy.refused("data.length=8144", "no block of 16", "multiple of 256"):
-        case(queries=8 * 2 * 509, keys=8 * 2 * 509).choose("auto")
+    prime = 8 * 2 * 1031  # no block divides its chunks
+    with toy.refused("data.length=16496", "no block of 16", "multiple of 256"):
+        case(queries=prime, keys=prime).choose("auto")
 
 
 def test_a_length_that_does_not_split_is_refused_with_the_nearest_that_do():
     words = ("data.length=20 is not divisible by 16", "seq 8", "16 or 32")
     with toy.refused(*words):
         toy.program("mesh.seq=8", "data.length=20")
-    with toy.refused("data.length=24", "by 16 (seq 2 x tensor 4", "16 or 32"):
+    with toy.refused("data.length=20", "by 8 (seq 2 x tensor 4", "16 or 24"):
         toy.program(
             *("mesh.seq=2", "mesh.tensor=4", "mesh.sequence_parallel=true"),
-            *("data.length=24", "mesh.data=1"),
+            *("data.length=20", "mesh.data=1"),
         )
 
 
