@@ -156,7 +156,8 @@ def attend(
     """Returns the attention output, and each query's log-sum-exp (fp32) where it is known.
 
     Each device works on its own rows and heads, in a manual region. `packed=False` promises that
-    every row is one segment at positions 0, 1, 2, …, before `sharding.order` if it moved tokens.
+    every row is one segment at positions 0, 1, 2, …; devices that split rows, and have moved
+    their tokens (`sharding.order`), do not rely on it.
     """
     layout = sharding.current()
     case = Case(
