@@ -105,8 +105,8 @@ def _ring_forward(plan: Plan, q, k, v, q_pos, q_seg, kv_pos, kv_seg) -> Result:
 
     def hop(carry: Any, _: None) -> Any:
         shared, result = carry
-        following = send(shared)  # on its way while this share is computed
-        return (following, _merge(result, share(shared))), None
+        following, more = _together(send(shared), share(shared))
+        return (following, _merge(result, more)), None
 
     B, T, K, G, _ = q.shape
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((B, K, G, T), NEG, jnp.float32)
@@ -131,8 +131,8 @@ def _ring_backward(
 
     def hop(carry: Any, _: None) -> Any:
         shared, dq, d_shared = carry
-        following, d_shared = send((shared, d_shared))
-        more_dq, more = gradients(shared)
+        sent = send((shared, d_shared))
+        (following, d_shared), (more_dq, more) = _together(sent, gradients(shared))
         d_shared = jax.tree.map(jnp.add, d_shared, more)
         return (following, dq + more_dq, d_shared), None
 
@@ -188,6 +188,11 @@ def _sender(plan: Plan) -> Callable[[Any], Any]:
     """Gives what a device has to the next along the ring, and it gets that of the one before."""
     ring = [(i, (i + 1) % plan.devices) for i in range(plan.devices)]
     return lambda tree: jax.tree.map(lambda x: lax.ppermute(x, plan.axes, ring), tree)
+
+
+def _together(sent: Any, computed: Any) -> Any:
+    """Nothing follows before both are there, so that XLA sends while it computes, not after."""
+    return lax.optimization_barrier((sent, computed))
 
 
 def _gathered(plan: Plan, shared: Shared) -> Shared:
