@@ -52,6 +52,9 @@ def test_rows_need_not_be_cut_into_documents(tmp_path):
         assert (row.pop("segments") == 1).all()
         assert row.pop("positions").tolist() == list(range(T))
         equal(row, {name: apart[i][name] for name in row})
+    for row in loader.evaluation(kinds[1], parts[0]):  # and none in what is scored
+        assert row["segments"].max() == 1
+        assert row["positions"].tolist() == list(range(T))
 
 
 def take(count, dataset, **options):
@@ -107,7 +110,7 @@ def test_an_index_far_away_costs_nothing(examples):
 def test_evaluation_ends_with_rows_of_weight_zero(tmp_path):
     data = data_in(tmp_path)
     [part] = loader.stores(data, loader.tokenizer(data, 257))
-    rows = loader.evaluation(part, T, T // 2)
+    rows = loader.evaluation(data, part, T // 2)
     size = next(n for n in (7, 5, 3) if len(rows) % n)
     batches = list(loader.batches(rows, sizes=size))
     assert len(batches) == math.ceil(len(rows) / size)

@@ -194,15 +194,16 @@ def examples(data: Data, parts: Sequence[Store], seed: int) -> grain.MapDataset:
     return mixed if data.isolate else mixed.map(_joined)
 
 
-def evaluation(part: Store, length: int, stride: int | None = None) -> grain.MapDataset:
+def evaluation(data: Data, part: Store, stride: int | None = None) -> grain.MapDataset:
     """Returns the finite examples that score every token of a store exactly once.
 
     Args:
+        data: its `length` and `isolate` are those of the examples.
         part: the store.
-        length: tokens of an example.
         stride: targets that an example scores, its last ones; None for all.
     """
-    return packing.Evaluation(part, length, stride).map_with_index(_numbered)
+    rows = packing.Evaluation(part, data.length, stride).map_with_index(_numbered)
+    return rows if data.isolate else rows.map(_joined)
 
 
 def _numbered(index: int, row: packing.Row) -> packing.Row:
