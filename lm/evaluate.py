@@ -49,7 +49,7 @@ def score(
     data, sharding = prog.experiment.data, prog.batch_sharding()
     sums: list[dict[str, jax.Array]] = []
     for part in parts:
-        dataset = loader.evaluation(part, data.length, chosen.stride)
+        dataset = loader.evaluation(data, part, chosen.stride)
         batches = loader.batches(
             dataset,
             sizes=prog.experiment.eval_size(),

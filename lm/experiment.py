@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 
 from lm import schedules, sharding
@@ -219,12 +220,7 @@ class Experiment:
                 f"eval.batch_size={self.eval_size()} is not divisible by {group} (mesh.pipe="
                 f"{stages} in rounds); use a multiple of {group}"
             )
-        parts = layout.size("residual")
-        if self.data.length % parts:
-            raise ConfigError(
-                f"data.length={self.data.length} is not divisible by {parts} "
-                "(mesh.sequence_parallel splits it over tensor)"
-            )
+        self._fit_length(layout)
         if self.model.remat == "offload" and layout.platform == "cpu":
             raise ConfigError(
                 "model.remat=offload needs an accelerator whose activations go to host memory; "
@@ -236,6 +232,26 @@ class Experiment:
                 f"model.vocab_multiple={self.model.vocab_multiple} pads the vocabulary to "
                 f"{self.model.vocab_rows} rows, which {rows} devices (tensor x pipe) do not "
                 f"divide; set model.vocab_multiple to a multiple of {rows}"
+            )
+
+    def _fit_length(self, layout: sharding.Layout) -> None:
+        """Checks that rows split over the mesh; context parallelism needs two chunks a device."""
+        T, shards, parts = (
+            self.data.length,
+            layout.size("length"),
+            layout.size("residual"),
+        )
+        if shards > 1:
+            parts = math.lcm(2 * shards, parts)
+        if T % parts:
+            near = sorted({max(T // parts, 1) * parts, -(-T // parts) * parts})
+            axes = " x ".join(
+                f"{a} {layout.mesh.shape[a]}" for a in layout.axes("residual")
+            )
+            why = f"twice mesh.seq={shards}" if shards > 1 else "mesh.sequence_parallel"
+            raise ConfigError(
+                f"data.length={T} is not divisible by {parts} ({axes}; {why}); set data.length to "
+                f"{' or '.join(map(str, near))}"
             )
 
 

@@ -137,9 +137,9 @@ def make_sample(prog: Program, config: Generate, eot: int) -> Sample:
     with `eot`. `finite` is False where a logit was not. It is compiled for each shape
     of the rows.
     """
-    # A step has one token, which can't be split over tensor: the residual stays whole.
-    mesh = dataclasses.replace(prog.experiment.mesh, sequence_parallel=False)
-    layout = dataclasses.replace(prog.layout, rules=sharding.make_rules(mesh))
+    # A step has one token, which can't be split: the length is whole on every device.
+    rules = dataclasses.replace(prog.layout.rules, length=(), residual=())
+    layout = dataclasses.replace(prog.layout, rules=rules)
     jitted = jax.jit(functools.partial(_sample, prog, config, eot))
 
     def sample(params: Params, rows: Rows, key: Array) -> tuple[Array, Array]:

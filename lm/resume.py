@@ -26,6 +26,7 @@ FREE = (  # exceptions to FIXED
     "model.dtype",
     "model.init_std",
     "model.attention.implementation",
+    "model.attention.context",
     "optim.algorithm.b?",
     "optim.algorithm.eps",
     "optim.algorithm.momentum",

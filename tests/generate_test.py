@@ -262,6 +262,8 @@ def test_the_padding_of_the_vocabulary_is_never_drawn():
 PROMPTS = ["to be", "", "a somewhat longer prompt"]
 MESHES = [
     ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+    # A cache is not split by length: the devices of seq hold the same.
+    ("mesh.data=2", "mesh.seq=2", "mesh.tensor=2"),
     # Two kv heads for four devices; a step of one token, which four can't split.
     ("mesh.data=2", "mesh.tensor=4", "mesh.sequence_parallel=true"),
 ]

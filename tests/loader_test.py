@@ -52,6 +52,9 @@ def test_rows_need_not_be_cut_into_documents(tmp_path):
         assert (row.pop("segments") == 1).all()
         assert row.pop("positions").tolist() == list(range(T))
         equal(row, {name: apart[i][name] for name in row})
+    for row in loader.evaluation(kinds[1], parts[0]):  # and none in what is scored
+        assert row["segments"].max() == 1
+        assert row["positions"].tolist() == list(range(T))
 
 
 def take(count, dataset, **options):
@@ -107,7 +110,7 @@ def test_an_index_far_away_costs_nothing(examples):
 def test_evaluation_ends_with_rows_of_weight_zero(tmp_path):
     data = data_in(tmp_path)
     [part] = loader.stores(data, loader.tokenizer(data, 257))
-    rows = loader.evaluation(part, T, T // 2)
+    rows = loader.evaluation(data, part, T // 2)
     size = next(n for n in (7, 5, 3) if len(rows) % n)
     batches = list(loader.batches(rows, sizes=size))
     assert len(batches) == math.ceil(len(rows) / size)
@@ -164,6 +167,15 @@ def meshes():
     return sorted(shapes)
 
 
+def split_over(spec, shape, x):
+    """What the devices hold of x, in their order: of a split row an early and a late chunk each."""
+    C = shape[1] if len(spec) > 1 and x.ndim > 1 else 1
+    if C == 1:
+        return x
+    chunks = np.split(x, 2 * C, 1)
+    return np.concatenate([chunks[n] for c in range(C) for n in (c, -1 - c)], 1)
+
+
 @pytest.mark.parametrize("shape", meshes())
 @pytest.mark.parametrize("spec", [("x",), ("x", "y"), (("x", "y"),), (None, "y"), ()])
 def test_arrays_on_the_devices_are_the_batch(examples, shape, spec):
@@ -176,7 +188,10 @@ def test_arrays_on_the_devices_are_the_batch(examples, shape, spec):
     assert rows(size).tolist() == list(range(size))  # all devices are this process's
     [batch] = take(1, examples, sizes=size, rows=rows)
     arrays = loader.to_devices(batch, sharding)
-    equal(jax.device_get(arrays), batch)
+    equal(
+        jax.device_get(arrays),
+        {k: split_over(spec, shape, x) for k, x in batch.items()},
+    )
     assert arrays["tokens"].sharding.is_equivalent_to(sharding, 2)
     if spec and spec[0] and shape[0] > 1:
         with pytest.raises(ConfigError, match="a batch of 17 rows is not divisible"):

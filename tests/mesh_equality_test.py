@@ -116,12 +116,14 @@ def test_five_steps_of_adam_are_those_of_float64(mesh):
     ("kind", "mesh"),
     [
         (toy.CLASSIC, "data 2 x fsdp 2 x tensor 2"),
+        (toy.CLASSIC, "seq 8"),
+        (toy.CAPPED, "data 2 x seq 2 x tensor 2"),
         (
             toy.CAPPED,
             "data 2 x tensor 4, sequence",
         ),  # one kv head with a bias, on four devices
     ],
-    ids=["classic", "capped"],
+    ids=["classic", "classic by ring", "capped and gathered", "capped"],
 )
 def test_every_part_of_the_model_has_its_gradient_on_a_mesh(kind, mesh):
     """Biases, learned positions, soft caps, a window, a head of its own, every activation."""

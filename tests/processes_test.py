@@ -73,3 +73,19 @@ def test_two_processes_train_as_one_and_stop_and_resume_together(tmp_path):
     mine, theirs = (runs.losses(tmp_path / name) for name in ("joined", "two"))
     assert mine == pytest.approx(theirs, rel=ROUNDING)
     assert len(mine) == stopped + 4
+
+
+def test_a_row_may_be_split_over_processes(tmp_path):
+    """Each reads whole rows and keeps its chunks; keys and values travel between them."""
+    changed = {"mesh.seq": 4, "model.attention.context": "ring", "train.steps": 4}
+    codes, outputs = ends(start_two(tmp_path / "two", changed))
+    assert codes == [loop.DONE] * 2, outputs
+    alone = runs.small(tmp_path / "one", {"train.steps": 4})
+    assert alone.code == loop.DONE, alone.err
+    mine, theirs = (runs.losses(tmp_path / name) for name in ("one", "two"))
+    assert mine == pytest.approx(theirs, rel=ROUNDING) and len(mine) == 4
+    mine, theirs = (
+        [r["loss"] for r in runs.records(tmp_path / name, "eval")]
+        for name in ("one", "two")
+    )
+    assert mine and mine == pytest.approx(theirs, rel=ROUNDING)

@@ -123,14 +123,21 @@ def test_resumed_on_another_mesh_and_back_the_losses_agree(copied, whole):
     assert runs.losses(copied) == pytest.approx(runs.losses(whole), rel=ROUNDING)
 
 
-def test_the_next_ten_losses_on_a_mesh_agree(tmp_path):
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"mesh.fsdp": 4, "mesh.tensor": 2, "mesh.zero1": "true"},
+        {"mesh.seq": 4, "mesh.fsdp": 2, "model.attention.context": "ring"},
+    ],
+    ids=["fsdp", "seq"],
+)
+def test_the_next_ten_losses_on_a_mesh_agree(mesh, tmp_path):
     long = {"train.steps": 16, "checkpoint.every": 0}
     with runs.signalled(6):
         assert runs.small(tmp_path / "a", long).code == loop.PREEMPTED
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert runs.small(tmp_path / "a", long).code == loop.DONE
-    on_mesh = {**long, "mesh.fsdp": 4, "mesh.tensor": 2, "mesh.zero1": "true"}
-    assert runs.small(tmp_path / "b", on_mesh).code == loop.DONE
+    assert runs.small(tmp_path / "b", {**long, **mesh}).code == loop.DONE
     assert runs.losses(tmp_path / "b") == pytest.approx(
         runs.losses(tmp_path / "a"), rel=ROUNDING
     )
@@ -140,7 +147,7 @@ def test_every_mesh_saves_the_same_digests_and_examples(tmp_path):
     """Initialisation and its checkpoint know no mesh: a step of rate 0 shows them."""
     found = []
     for k, mesh in enumerate(
-        ({}, {"mesh.data": 4, "mesh.tensor": 2}, {"mesh.fsdp": 4})
+        ({}, {"mesh.data": 4, "mesh.tensor": 2}, {"mesh.fsdp": 4}, {"mesh.seq": 4})
     ):
         changed = {**mesh, "train.steps": 1, "optim.learning_rate": 0.0}
         changed |= {"optim.weight_decay": 0.0, "optim.schedule.warmup": 0}
@@ -148,7 +155,7 @@ def test_every_mesh_saves_the_same_digests_and_examples(tmp_path):
         every = runs.digests(tmp_path / str(k), 1)
         found.append({p: d for p, d in every.items() if p.startswith("params/")})
     assert found[0]
-    assert found[0] == found[1] == found[2]
+    assert all(one == found[0] for one in found)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(copied, whole):

@@ -13,6 +13,7 @@ import pytest
 
 from lm import config, sharding, train, trees
 from lm.config import ConfigError
+from lm.data import loader
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.experiment import Experiment, Train
@@ -49,6 +50,14 @@ MESHES = {
         "mesh.fsdp=2",
         "pipeline.schedule=gpipe",
         "pipeline.microbatches=2",
+    ],
+    "seq 8": ["mesh.data=1", "mesh.seq=8", "model.attention.context=ring"],
+    "data 2 x seq 2 x tensor 2": ["mesh.data=2", "mesh.seq=2", "mesh.tensor=2"],
+    "fsdp 2 x seq 4": [
+        "mesh.data=1",
+        "mesh.fsdp=2",
+        "mesh.seq=4",
+        "model.attention.context=ring",
     ],
     "data 4 x tensor 2, zero1": [
         "mesh.data=4",
@@ -152,12 +161,7 @@ def restart(segments: np.ndarray) -> np.ndarray:
 
 def place(prog: train.Program, host: dict[str, Any]) -> dict[str, Any]:
     """Returns the batch on the program's devices."""
-    rows = prog.batch_sharding().spec
-    spec = jax.sharding.PartitionSpec
-    return {
-        k: jax.device_put(x, prog.sharding(spec(*rows[: x.ndim])))
-        for k, x in host.items()
-    }
+    return loader.to_devices(host, prog.batch_sharding())
 
 
 @functools.cache
@@ -207,7 +211,9 @@ def hidden(prog: train.Program) -> Any:
 
     def call(params, host):
         with sharding.use(prog.layout):
-            return [np.asarray(x) for x in run(params, place(prog, host))]
+            found = run(params, place(prog, host))
+            order = sharding.order(found[0].shape[1], prog.layout.size("length"))
+            return [np.asarray(x)[:, np.argsort(order)] for x in found]
 
     return call
 

@@ -34,6 +34,7 @@ from lm.data import tokenizer as tokenizers
 from lm.data.cleaning import Cleaning
 from lm.data.store import Store
 from lm.data.tokenizer import Bytes, SentencePiece, Tokenizer
+from lm.sharding import names, order
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
@@ -193,15 +194,16 @@ def examples(data: Data, parts: Sequence[Store], seed: int) -> grain.MapDataset:
     return mixed if data.isolate else mixed.map(_joined)
 
 
-def evaluation(part: Store, length: int, stride: int | None = None) -> grain.MapDataset:
+def evaluation(data: Data, part: Store, stride: int | None = None) -> grain.MapDataset:
     """Returns the finite examples that score every token of a store exactly once.
 
     Args:
+        data: its `length` and `isolate` are those of the examples.
         part: the store.
-        length: tokens of an example.
         stride: targets that an example scores, its last ones; None for all.
     """
-    return packing.Evaluation(part, length, stride).map_with_index(_numbered)
+    rows = packing.Evaluation(part, data.length, stride).map_with_index(_numbered)
+    return rows if data.isolate else rows.map(_joined)
 
 
 def _numbered(index: int, row: packing.Row) -> packing.Row:
@@ -304,7 +306,7 @@ def local_rows(
         sharding: of a [batch, length] array.
         size: rows of the global batch.
     """
-    shards = _row_shards(sharding)
+    shards = _shards(sharding, 0)
     if size % shards:
         raise ConfigError(
             f"a batch of {size} rows is not divisible by the {shards} shards of "
@@ -319,18 +321,24 @@ def to_devices(
 ) -> dict[str, jax.Array]:
     """Forms the global arrays of a batch of which every process read its `local_rows`.
 
+    Where devices split the length, the tokens of a row stand in the order of
+    `lm.sharding.order`.
+
     Args:
         batch: arrays whose axis 0 is this process's rows and whose axis 1, if any, is
             the length.
         sharding: of a [batch, length] array, over any mesh; arrays of one axis use its
             first.
     """
-    shards = _row_shards(sharding)
+    shards = _shards(sharding, 0)
     here = len(local_rows(sharding, shards))  # shards that this process holds
     size = len(next(iter(batch.values()))) // here * shards
     rows = local_rows(sharding, size)
 
     def place(array: np.ndarray) -> jax.Array:
+        if array.ndim > 1:
+            array = _ordered(array, _shards(sharding, 1))
+
         def piece(index: Any) -> np.ndarray:
             begin, end, _ = index[0].indices(size)
             first = int(np.searchsorted(rows, begin))
@@ -344,11 +352,14 @@ def to_devices(
     return {name: place(array) for name, array in batch.items()}
 
 
-def _row_shards(sharding: jax.sharding.NamedSharding) -> int:
-    """Into how many shards the first axis of a batch is split."""
-    axes = sharding.spec[0] if len(sharding.spec) else None
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return math.prod(sharding.mesh.shape[name] for name in names)
+def _ordered(array: np.ndarray, shards: int) -> np.ndarray:
+    return array if shards == 1 else array[:, order(array.shape[1], shards)]
+
+
+def _shards(sharding: jax.sharding.NamedSharding, axis: int) -> int:
+    """Into how many shards an axis of a batch is split."""
+    axes = sharding.spec[axis] if len(sharding.spec) > axis else None
+    return math.prod(sharding.mesh.shape[name] for name in names(axes))
 
 
 def _first_axes(

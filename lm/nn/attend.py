@@ -7,6 +7,8 @@
 | cudnn          | NVIDIA Ampere and newer   | no               | causal | no       | yes         |
 | splash         | TPU                       | yes              | causal | yes      | no          |
 
+Where devices split the row, it is blockwise, by one of the ways of lm/nn/ring.py.
+
 Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, H head dim.
 """
 
@@ -21,11 +23,15 @@ from jaxtyping import Array, Float
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.nn import blockwise, manual, quadratic
+from lm.nn import blockwise, manual, quadratic, ring
 from lm.nn.blockwise import Mask, Tokens
 
 Implementation = Literal["auto", "einsum", "blockwise", "cudnn", "splash"]
+Context = Literal["auto", "ring", "gather"]
 SHORT = 1024 * 1024  # T x S up to which forming the scores is cheap
+GATHERED = (
+    8192  # S up to which all keys and values are small beside the rest of a layer
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +47,19 @@ class Case:
         bool  # segments that differ within a row, or positions that are not 0, 1, 2, …
     )
     mask: Mask
+    shards: int = 1  # devices that split the row
 
     def obstacle(self, implementation: str) -> str | None:
         """Returns why the implementation can't do this, or None."""
         if implementation == "blockwise" and self.block() == 0:
+            per = f", over {self.shards} devices," if self.shards > 1 else ""
             return (
-                f"lengths {self.queries} and {self.keys} share no block of 16 or more"
+                f"lengths {self.queries} and {self.keys}{per} share no block of 16 or "
+                "more"
+            )
+        if self.shards > 1 and implementation != "blockwise":
+            return (
+                f"it needs whole rows, here mesh.seq={self.shards} devices split them"
             )
         if implementation == "cudnn":
             if self.platform != "gpu":
@@ -76,8 +89,17 @@ class Case:
         return None
 
     def block(self) -> int:
-        """Returns the largest block length up to 512 that divides T and S, or 0 below 16."""
+        """Returns the largest block length up to 512 that divides T and S, or 0 below 16.
+
+        Of split rows it divides the chunks that `sharding.order` moves, so that a block has tokens
+        of one place; shares of less than two blocks are one block.
+        """
         common = math.gcd(self.queries, self.keys)
+        if self.shards > 1:
+            share = common // self.shards
+            if share <= 32:
+                return share
+            common = share // 2
         return max((b for b in range(16, 513) if common % b == 0), default=0)
 
     def choose(self, asked: Implementation) -> str:
@@ -93,6 +115,13 @@ class Case:
                     f"{self.choose('auto')} here)"
                 )
             return asked
+        if self.shards > 1:
+            if reason := self.obstacle("blockwise"):
+                raise ConfigError(
+                    f"data.length={self.queries}: {reason}; use a length that is a multiple of "
+                    f"{32 * self.shards}"
+                )
+            return "blockwise"
         if (
             self.queries * self.keys <= SHORT and self.platform == "cpu"
         ) or self.queries == 1:
@@ -100,6 +129,17 @@ class Case:
         order = {"gpu": ["cudnn"], "tpu": ["splash"]}.get(self.platform, [])
         fits = (i for i in [*order, "blockwise", "einsum"] if self.obstacle(i) is None)
         return next(fits)
+
+    def share(self, asked: Context) -> Literal["ring", "gather"]:
+        """Returns how devices that split a row get each other's keys and values.
+
+        auto: gathered up to a row of `GATHERED` tokens, where all keys and values are small and
+        what a device computes on one share is too short to hide its journey; else by the ring,
+        which holds two shares of them whatever the length.
+        """
+        if asked != "auto":
+            return asked
+        return "gather" if self.keys <= GATHERED else "ring"
 
 
 def attend(
@@ -111,22 +151,31 @@ def attend(
     mask: Mask,
     implementation: Implementation = "auto",
     packed: bool = True,
+    context: Context = "auto",
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"] | None]:
     """Returns the attention output, and each query's log-sum-exp (fp32) where it is known.
 
     Each device works on its own rows and heads, in a manual region. `packed=False` promises that
-    every row is one segment at positions 0, 1, 2, ….
+    every row is one segment at positions 0, 1, 2, …; devices that split rows, and have moved
+    their tokens (`sharding.order`), do not rely on it.
     """
+    layout = sharding.current()
     case = Case(
-        platform=sharding.current().platform,
+        platform=layout.platform,
         queries=q_BTKGH.shape[1],
         keys=k_BSKH.shape[1],
         head_dim=q_BTKGH.shape[4],
         dtype=str(q_BTKGH.dtype),
         packed=packed,
         mask=mask,
+        shards=layout.size("length"),
     )
     chosen = case.choose(implementation)
+    if case.shards > 1:
+        return ring.attention(
+            case.share(context), mask, case.block(), q_BTKGH, k_BSKH, v_BSKH, q_tokens,
+            kv_tokens,
+        )  # fmt: skip
     body = functools.partial(_local, chosen, case)
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
     kv_spec = sharding.spec("batch", "length", "kv_heads", None)

@@ -39,6 +39,9 @@ class Attention(nnx.Module):
         implementation: attend.Implementation = (
             "auto"  # how it is computed, see lm/nn/attend.py
         )
+        context: attend.Context = (
+            "auto"  # under mesh.seq: keys and values travel, or are gathered
+        )
 
         def __post_init__(self) -> None:
             if self.window is not None and self.window < 1:
@@ -107,7 +110,7 @@ class Attention(nnx.Module):
         y_BTKGH, _ = attend.attend(
             q, k.astype(q.dtype), v.astype(q.dtype), side.tokens, kv_tokens, mask,
             self.config.implementation if cache is None else "auto",
-            side.packed or cache is not None,
+            side.packed or cache is not None, self.config.context,
         )  # fmt: skip
         return self._output(y_BTKGH), cache
 

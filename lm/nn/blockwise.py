@@ -10,11 +10,14 @@ for one block. Everything here is local to a device.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 NEG = (
@@ -30,9 +33,7 @@ class Mask:
     causal: bool = True  # a query sees only keys at its own position and before
     window: int | None = None  # and only the last `window` positions, itself included
     softcap: float | None = None  # scores become cap * tanh(score / cap)
-    ordered: bool = (
-        True  # row i of queries and keys is the same token: later blocks are skipped
-    )
+    ordered: bool = True  # row i of queries and keys is the same token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,42 @@ def visible(mask: Mask, q: Tokens, kv: Tokens) -> Any:
         seen &= distance < mask.window
         if not mask.causal:
             seen &= distance > -mask.window
+    return seen
+
+
+def needed(mask: Mask, block: int, q: Tokens, kv: Tokens) -> Any:
+    """Returns bool [T / block, S / block], false where no query of a block sees a key of the other.
+
+    It goes by the least and the greatest position and segment of each block, so it may take a
+    pair of blocks for needed that is not, never the other way round.
+    """
+
+    def ends(tokens: Tokens, axis: int) -> tuple[Tokens, Tokens]:
+        parts = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, block), tokens)
+        least, greatest = (
+            jax.tree.map(lambda x, f=f: jnp.expand_dims(f(x, -1), axis), parts)
+            for f in (jnp.min, jnp.max)
+        )
+        return least, greatest
+
+    (q_low, q_high), (kv_low, kv_high) = ends(q, 2), ends(kv, 1)
+    seen = q_low.segments <= kv_high.segments
+    seen &= kv_low.segments <= q_high.segments
+    nearest, farthest = (
+        q_low.positions - kv_high.positions,
+        q_high.positions - kv_low.positions,
+    )
+    if mask.causal:
+        seen &= farthest >= 0
+    if mask.window is not None:
+        seen &= nearest < mask.window
+        if not mask.causal:
+            seen &= farthest > -mask.window
+    seen = seen.any(0)
+    if mask.ordered and mask.causal:  # positions restart within a row, rows do not
+        ahead = np.subtract.outer(*map(np.arange, seen.shape))
+        reach = mask.window - 1 if mask.window is not None else ahead.size * block
+        seen &= (ahead >= 0) & (ahead * block < reach + block)
     return seen
 
 
@@ -92,23 +129,33 @@ def attention(
 
     `block` must divide T and S. A query that sees no key gives 0 and a log-sum-exp of about -1e30.
     """
-    return _forward(mask, block, q_BTKGH, k_BSKH, v_BSKH, q_tokens, kv_tokens)
+    return _fwd(mask, block, q_BTKGH, k_BSKH, v_BSKH, q_tokens, kv_tokens)[0]
 
 
-def _span(
-    mask: Mask, i: Array, block: int, count: int, *, keys: bool
-) -> tuple[Array, Array]:
-    """The key blocks that query block i needs, or the query blocks that key block i does."""
-    lo, hi = jnp.zeros_like(i), jnp.full_like(i, count)
-    if mask.ordered and mask.causal:
-        lo, hi = (lo, i + 1) if keys else (i, hi)
-        if mask.window is not None:
-            reach = (mask.window - 1 + block - 1) // block
-            if keys:
-                lo = jnp.maximum(lo, i - reach)
-            else:
-                hi = jnp.minimum(hi, i + reach + 1)
-    return lo, hi
+def _rows(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `f`, for which a vmap around it is just more rows.
+
+    Which blocks are needed is then asked once for all: a loop whose end is mapped would run, for
+    each, to the last end of them all.
+    """
+    call = custom_vmap(f)
+
+    @call.def_vmap
+    def mapped(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        def fold(x: Any, is_mapped: bool) -> Any:
+            x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        out = _rows(f)(*jax.tree.map(fold, args, tuple(batched)))
+        out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+def _first(needed: Any) -> tuple[Any, Any]:
+    """For each row of a bool matrix its true columns first, and how many there are."""
+    return jnp.argsort(~needed, axis=1), needed.sum(1)
 
 
 def _at(x: Array, i: Array, block: int, axis: int = 1) -> Array:
@@ -119,15 +166,23 @@ def _tokens_at(tokens: Tokens, i: Array, block: int) -> Tokens:
     return Tokens(_at(tokens.positions, i, block), _at(tokens.segments, i, block))
 
 
-def _forward(mask, block, q, k, v, q_tokens, kv_tokens):
-    B, T, K, G, H = q.shape
-    S = k.shape[1]
+def forward(
+    mask: Mask, block: int, dtype: Any, q, k, v, q_tokens: Tokens, kv_tokens: Tokens
+) -> tuple[Array, Array]:
+    """Returns the output in `dtype` and the log-sum-exp in fp32; it has no gradient of its own."""
+    run = _rows(functools.partial(_forward, mask, block, dtype))
+    return run(q, k, v, q_tokens, kv_tokens)
 
-    def row(_, i):
+
+def _forward(mask, block, dtype, q, k, v, q_tokens, kv_tokens):
+    B, T, K, G, H = q.shape
+
+    def row(_, one):
+        i, blocks, count = one
         q_i, q_tok = _at(q, i, block), _tokens_at(q_tokens, i, block)
 
-        def step(j, carry):
-            top, norm, out = carry
+        def step(n, carry):
+            j, (top, norm, out) = blocks[n], carry
             k_j, v_j = _at(k, j, block), _at(v, j, block)
             seen = visible(mask, q_tok, _tokens_at(kv_tokens, j, block))
             s, _ = scores(mask, q_i, k_j, seen)
@@ -144,34 +199,38 @@ def _forward(mask, block, q, k, v, q_tokens, kv_tokens):
 
         empty = jnp.full((B, K, G, block), NEG, jnp.float32)
         zero = jnp.zeros((B, K, G, block, H), jnp.float32)
-        lo, hi = _span(mask, i, block, S // block, keys=True)
-        top, norm, out = lax.fori_loop(
-            lo, hi, step, (empty, jnp.zeros_like(empty), zero)
-        )
+        start = (empty, jnp.zeros_like(empty), zero)
+        top, norm, out = lax.fori_loop(0, count, step, start)
         out = out / jnp.maximum(norm, 1e-30)[..., None]
         lse = jnp.where(norm > 0, top + jnp.log(jnp.maximum(norm, 1e-30)), NEG)
-        return None, (out.astype(q.dtype).transpose(0, 3, 1, 2, 4), lse)
+        return None, (out.astype(dtype).transpose(0, 3, 1, 2, 4), lse)
 
-    _, (out, lse) = lax.scan(row, None, jnp.arange(T // block))
+    order = _first(needed(mask, block, q_tokens, kv_tokens))
+    _, (out, lse) = lax.scan(row, None, (jnp.arange(T // block), *order))
     out = jnp.moveaxis(out, 0, 1).reshape(B, T, K, G, H)
     return out, jnp.moveaxis(lse, 0, 3).reshape(B, K, G, T)
 
 
 def _fwd(mask, block, q, k, v, q_tokens, kv_tokens):
-    out, lse = _forward(mask, block, q, k, v, q_tokens, kv_tokens)
+    out, lse = forward(mask, block, q.dtype, q, k, v, q_tokens, kv_tokens)
     return (out, lse), (q, k, v, q_tokens, kv_tokens, out, lse)
 
 
 def _bwd(mask, block, saved, cotangents):
     q, k, v, q_tokens, kv_tokens, out, lse = saved
     g, g_lse = cotangents
-    # d s = p * (d p - delta), and the log-sum-exp's own cotangent enters as -delta does.
-    delta = (
-        jnp.einsum("btkgh,btkgh->bkgt", g.astype(jnp.float32), out.astype(jnp.float32))
-        - g_lse
-    )
+    delta = differences(out, g, g_lse)
     dq, dk, dv = backward(mask, block, q, k, v, q_tokens, kv_tokens, g, lse, delta)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+
+
+def differences(out_BTKGH: Array, g_BTKGH: Array, g_lse_BKGT: Array) -> Array:
+    """Returns delta [B, K, G, T], by which d s = p (d p - delta), from the results' cotangents.
+
+    The log-sum-exp's own cotangent enters as -delta does.
+    """
+    out, g = out_BTKGH.astype(jnp.float32), g_BTKGH.astype(jnp.float32)
+    return jnp.einsum("btkgh,btkgh->bkgt", g, out) - g_lse_BKGT
 
 
 def backward(mask, block, q, k, v, q_tokens, kv_tokens, g, lse, delta):
@@ -179,17 +238,23 @@ def backward(mask, block, q, k, v, q_tokens, kv_tokens, g, lse, delta):
 
     The log-sum-exp may be that of more keys than these: then the results are these keys' share.
     """
-    T, S = q.shape[1], k.shape[1]
+    run = _rows(functools.partial(_backward, mask, block))
+    return run(q, k, v, q_tokens, kv_tokens, g, lse, delta)
 
-    def column(dq, j):
+
+def _backward(mask, block, q, k, v, q_tokens, kv_tokens, g, lse, delta):
+    S = k.shape[1]
+
+    def column(dq, one):
+        j, blocks, count = one
         k_j, v_j, kv_tok = (
             _at(k, j, block),
             _at(v, j, block),
             _tokens_at(kv_tokens, j, block),
         )
 
-        def step(i, carry):
-            dq, dk_j, dv_j = carry
+        def step(n, carry):
+            i, (dq, dk_j, dv_j) = blocks[n], carry
             q_i, g_i = _at(q, i, block), _at(g, i, block)
             seen = visible(mask, _tokens_at(q_tokens, i, block), kv_tok)
             s, slope = scores(mask, q_i, k_j, seen)
@@ -207,13 +272,12 @@ def backward(mask, block, q, k, v, q_tokens, kv_tokens, g, lse, delta):
             return lax.dynamic_update_slice_in_dim(dq, dq_i, i * block, 1), dk_j, dv_j
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
-        lo, hi = _span(mask, j, block, T // block, keys=False)
-        dq, dk_j, dv_j = lax.fori_loop(lo, hi, step, (dq, zero, zero))
+        dq, dk_j, dv_j = lax.fori_loop(0, count, step, (dq, zero, zero))
         return dq, (dk_j, dv_j)
 
-    dq, (dk, dv) = lax.scan(
-        column, jnp.zeros(q.shape, jnp.float32), jnp.arange(S // block)
-    )
+    order = _first(needed(mask, block, q_tokens, kv_tokens).T)
+    columns = (jnp.arange(S // block), *order)
+    dq, (dk, dv) = lax.scan(column, jnp.zeros(q.shape, jnp.float32), columns)
     dk, dv = (jnp.moveaxis(d, 0, 1).reshape(k.shape) for d in (dk, dv))
     return dq, dk, dv
 

@@ -158,13 +158,18 @@ jax.tree_util.register_dataclass(
 def dropout_keys(seed: int, step: Int[Array, ""], index_B: Array, length: int) -> Array:
     """Returns a key for each example and position, [B, T].
 
-    Folded from (seed, step, global example index, position), so that what is dropped depends on no
-    microbatch, mesh or order of layers' execution.
+    Folded from (seed, step, global example index, place in the row), so that what is dropped
+    depends on no microbatch, mesh or order of layers' execution. Keys stand in the order that
+    tokens have on this mesh.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
     example_B = jax.vmap(jax.random.fold_in, (None, 0))(key, index_B)
     over_t = jax.vmap(jax.random.fold_in, (None, 0))
-    return jax.vmap(over_t, (0, None))(example_B, jnp.arange(length, dtype=jnp.uint32))
+    order_T = sharding.order(length, sharding.current().size("length"))
+    place_T = jax.sharding.reshard(
+        jnp.asarray(order_T, jnp.uint32), sharding.spec("length")
+    )
+    return jax.vmap(over_t, (0, None))(example_B, place_T)
 
 
 def dropout(
