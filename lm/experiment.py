@@ -10,6 +10,7 @@ from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.models.transformer import Transformer
 from lm.nn.layers import Learned
+from lm.nn.moe import Moe
 from lm.objectives import Causal
 from lm.optim import Optim
 
@@ -184,6 +185,25 @@ class Experiment:
                     f"train.accumulate={self.train.accumulate}; use a multiple of it"
                 )
 
+    def _fit_experts(self, devices: int) -> None:
+        if devices == 1:
+            return
+        if not isinstance(self.model.ffn, Moe.Config):
+            raise ConfigError(
+                f"mesh.expert={devices}: the model has no experts to split; set mesh.expert=1 "
+                "and use data or fsdp, or model.ffn=Moe"
+            )
+        experts = self.model.ffn.experts
+        if experts % devices:
+            fits = [n for n in range(1, experts + 1) if experts % n == 0]
+            below = experts // devices * devices
+            near = [str(n) for n in (below, below + devices) if n]
+            raise ConfigError(
+                f"model.ffn.experts={experts} is not divisible by mesh.expert={devices}; set "
+                f"mesh.expert to {' or '.join(map(str, _nearest(fits, devices)))}, or "
+                f"model.ffn.experts to {' or '.join(near)}"
+            )
+
     def eval_size(self) -> int:
         """Returns the sequences of an evaluation batch."""
         return self.eval.batch_size or self.train.batch_size
@@ -219,6 +239,7 @@ class Experiment:
                 "model.remat=offload needs an accelerator whose activations go to host memory; "
                 "on a CPU use model.remat=full"
             )
+        self._fit_experts(layout.size("expert"))
         rows = layout.size("vocab")
         if self.model.vocab_rows % rows:
             raise ConfigError(
@@ -226,6 +247,12 @@ class Experiment:
                 f"{self.model.vocab_rows} rows, which {rows} tensor devices do not divide; set "
                 f"model.vocab_multiple to a multiple of {rows}"
             )
+
+
+def _nearest(values: list[int], wanted: int) -> list[int]:
+    """Returns the largest of the sorted values up to `wanted`, and the one after it."""
+    below = [v for v in values if v <= wanted]
+    return below[-1:] + values[len(below) : len(below) + 1]
 
 
 def names() -> list[str]:

@@ -53,7 +53,8 @@ def causal(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the loss summed over the batch's scored tokens, and sums of what is reported.
 
-    Sums: `nll` (nats, of the cross-entropy alone), `tokens` (scored), `bytes` (of their text).
+    Sums: `nll` (nats, of the cross-entropy alone), `tokens` (scored), `bytes` (of their text), and
+    those of the layers. The losses of layers are a row's; they count as often as its scored tokens.
     """
     x_BTD, aux, _ = model(
         batch["tokens"], Tokens(batch["positions"], batch["segments"]), keys_BT, packed
@@ -72,6 +73,9 @@ def causal(
         batch["weights"],
     )
     sums = {"nll": nll, "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
+    if "moe_loss_B" in aux:
+        sums["moe_loss"] = (aux.pop("moe_loss_B") * batch["weights"].sum(1)).sum()
+        loss = loss + sums["moe_loss"]
     return loss, {**sums, **aux}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -123,7 +124,7 @@ def _build(config: Transformer.Config, key: Array) -> Transformer:
 
 
 def _path(keys: tuple[Any, ...]) -> str:
-    return "/".join(key.name for key in keys)
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _zero1(layout: sharding.Layout, shape: jax.ShapeDtypeStruct, spec: P) -> P:
@@ -185,7 +186,8 @@ def make_train_step(
     """Returns the compiled step; its state argument is donated.
 
     Metrics: `loss` (nats a scored token, with z-loss and smoothing), sums `nll`, `tokens`,
-    `bytes`, and `grad_norm`, `learning_rate`, `skipped` (steps so far), `consecutive`.
+    `bytes` and those of the layers (see `Moe`), and `grad_norm`, `learning_rate`, `skipped`
+    (steps so far), `consecutive`.
     """
     config = prog.experiment.optim
 
@@ -205,6 +207,7 @@ def make_train_step(
             grads, state.opt_state, params, step=state.step
         )
         params = optax.apply_updates(params, updates)
+        params = _rebalanced(prog, params, sums)  # type: ignore[arg-type]
         ema = state.ema
         if config.ema is not None:
             ema = optim.ema_update(config.ema, ema, params, state.step)
@@ -226,6 +229,21 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, health), metrics
 
     return _compiled(prog, train_step, donate_argnums=0)
+
+
+def _rebalanced(prog: Program, params: Params, sums: Metrics) -> Params:
+    """Moves the biases of a router's choice: up where an expert had less than the mean load.
+
+    Once a step and by the load of the whole batch, so that nothing depends on its layout.
+    """
+    flat = trees.flatten(params)
+    for path in optim.balanced(prog.experiment.optim, prog.axes):
+        model: Any = prog.experiment.model
+        load = sums["moe_load_LE"][np.asarray(model.sparse)].astype(jnp.float32)
+        short = jnp.sign(load.mean(1, keepdims=True) - load)
+        step = reshard(model.ffn.gate.rate * short, prog.updates[path])
+        flat[path] = flat[path] + step
+    return trees.nest(flat)
 
 
 def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metrics]:
@@ -298,22 +316,16 @@ def gradients(
             shape, spec = prog.shapes[path].shape, prog.specs[path]
             return jnp.zeros((R, *shape), jnp.float32, out_sharding=P(lead, *spec))
 
-        def add(carry: Any, part: objectives.Batch) -> tuple[Any, None]:
+        def add(carry: Params, part: objectives.Batch) -> tuple[Params, Metrics]:
             grad = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0))
             (_, sums), grads = grad(params, part)
-            return jax.tree.map(jnp.add, carry, (sums, grads)), None
+            return jax.tree.map(jnp.add, carry, grads), sums
 
         parts = jax.tree.map(split, batch)
         grads = trees.nest({path: zeros(path) for path in prog.shapes})
-        names = {
-            "nll": jnp.float32,
-            "tokens": jnp.float32,
-            "bytes": jnp.int32,
-            "loss": jnp.float32,
-        }
-        sums = {k: jnp.zeros((R,), d, out_sharding=P(lead)) for k, d in names.items()}
-        (sums, grads), _ = jax.lax.scan(add, (sums, grads), parts)
-        return jax.tree.map(lambda x: x.sum(0), (sums, grads))
+        grads, sums = jax.lax.scan(add, grads, parts)
+        sums = jax.tree.map(lambda x: x.sum((0, 1)), sums)
+        return sums, jax.tree.map(lambda x: x.sum(0), grads)
 
 
 def _packed(prog: Program) -> bool:
