@@ -123,7 +123,7 @@ def send(
     over = sharding.current().axes("expert")
 
     def body(x, index, slot):
-        x_bnd = _spread(x, index, slot)
+        x_bnd = spread(x, index, slot)
         x_becd = x_bnd.reshape(x.shape[0], experts, -1, x.shape[-1])
         if over:
             x_becd = lax.all_to_all(x_becd, over, 1, 0, tiled=True)
@@ -148,7 +148,7 @@ def receive(
         y_becd = jnp.moveaxis(y.reshape(y.shape[0], b * parts, -1, D), 0, 1)
         if over:
             y_becd = lax.all_to_all(y_becd, over, 0, 1, tiled=True)
-        y_btkd = _collect(y_becd.reshape(b, -1, D), slot, index).reshape(b, t, K, D)
+        y_btkd = collect(y_becd.reshape(b, -1, D), slot, index).reshape(b, t, K, D)
         out = jnp.einsum("btkd,btk->btd", y_btkd.astype(gate.dtype), gate)
         return (out.astype(y.dtype),)
 
@@ -198,25 +198,25 @@ def _rows(x_bmd: Array, index_bn: Array) -> Array:
 
 
 @jax.custom_vjp
-def _spread(x_btd: Array, index_bn: Array, slot_btk: Array) -> Any:
+def spread(x_btd: Array, index_bn: Array, slot_btk: Array) -> Any:
     return _rows(x_btd, index_bn // slot_btk.shape[-1])
 
 
-def _spread_bwd(slot, g):
+def _spread_back(slot, g):
     g = _rows(g, slot.reshape(slot.shape[0], -1))
     return g.reshape(*slot.shape, -1).sum(2), None, None
 
 
-_spread.defvjp(lambda x, index, slot: (_spread(x, index, slot), slot), _spread_bwd)
+spread.defvjp(lambda x, index, slot: (spread(x, index, slot), slot), _spread_back)
 
 
 @jax.custom_vjp
-def _collect(y_bnd: Array, slot_btk: Array, index_bn: Array) -> Any:
+def collect(y_bnd: Array, slot_btk: Array, index_bn: Array) -> Any:
     return _rows(y_bnd, slot_btk.reshape(slot_btk.shape[0], -1))
 
 
-def _collect_bwd(index, g):
+def _collect_back(index, g):
     return _rows(g, index), None, None
 
 
-_collect.defvjp(lambda y, slot, index: (_collect(y, slot, index), index), _collect_bwd)
+collect.defvjp(lambda y, slot, index: (collect(y, slot, index), index), _collect_back)

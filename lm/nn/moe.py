@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.nn import dispatch
+from lm.nn import dispatch, ragged
 from lm.nn.ffn import Mlp
 from lm.nn.layers import Side
 from lm.nn.param import param, weight
@@ -167,8 +167,11 @@ class Moe(nnx.Module):
         room = None if side.cached is not None else c.room(x_BTD.shape[1])
         choice_BTK = jnp.where(real_BT[..., None], choice_BTK, c.experts)
         where = dispatch.plan(choice_BTK, side.tokens, c.experts, room)
-        x_ERD = dispatch.send(x_BTD, where, c.experts)
-        y_BTD = dispatch.receive(self._experts(x_ERD), where, gate_BTK)
+        if room is None and ragged.fits():
+            y_BTD = self._ragged(x_BTD, choice_BTK, gate_BTK)
+        else:
+            x_ERD = dispatch.send(x_BTD, where, c.experts)
+            y_BTD = dispatch.receive(self._experts(x_ERD), where, gate_BTK)
         y_BTD = reshard(y_BTD, sharding.spec("batch", "residual", None))
         if c.shared:
             y_BTD = y_BTD + self.shared(x_BTD)[0]
@@ -208,6 +211,16 @@ class Moe(nnx.Module):
         return jnp.einsum(
             "erf,efd->erd", h_ERF, weight(self.down_efd, dtype), out_sharding=out
         )  # reduce over tensor
+
+    def _ragged(self, x_BTD: Array, choice_BTK: Array, gate_BTK: Array) -> Array:
+        """The same without slots, by sorted rows."""
+        E, dtype = self.config.experts, x_BTD.dtype
+        first = [] if self.config.activation == "gelu" else [self.gate_edf]
+        weights = [weight(w, dtype) for w in (*first, self.up_edf, self.down_efd)]
+        act = jax.nn.silu if self.config.activation == "swiglu" else jax.nn.gelu
+        where = ragged.plan(choice_BTK, E)
+        x = ragged.send(x_BTD, where, E // sharding.current().size("expert"))
+        return ragged.receive(ragged.experts(x, where, weights, act), where, gate_BTK)
 
     def _losses(self, logit_BTE, score_BTE, count_BE, real_BT) -> Array:
         """Returns each row's losses: means over its real tokens, times their weights."""
