@@ -235,6 +235,50 @@ def test_sorted_rows_are_the_same_as_slots(mesh, monkeypatch):
             same(apply(config, MESHES.get(mesh)), want)
 
 
+@pytest.mark.parametrize("sort", [False, True], ids=["slots", "sorted"])
+def test_stages_are_a_vmap(sort, monkeypatch):
+    """As in a pipeline: each stage has weights and rows of its own; no stage sees another's."""
+    monkeypatch.setattr(ragged, "fits", lambda: sort)
+    config = KINDS["dropless"]
+    place = layout(pipe=2, expert=2, tensor=2)
+    with sharding.use(place):
+        rngs = nnx.Rngs(params=0).split(2)
+        models = jax.vmap(lambda r: Moe(config, D, 0.3, 0.3, r))(rngs)
+        stage = sharding.spec("layers", "batch", None, None)
+        x = jax.device_put(np.stack([X, X[::-1]]), sharding.shard(place, stage))
+        tokens = [np.stack([a, a[::-1]]) for a in (POSITIONS, SEGMENTS)]
+        rows = sharding.shard(place, sharding.spec("layers", "batch", None))
+        tokens = Tokens(*(jax.device_put(a, rows) for a in tokens))
+
+        stored = jax.tree.map(
+            lambda a: jax.device_put(a, sharding.shard(place, _stage(a))), models
+        )
+        run = jax.jit(jax.vmap(jax.grad(_square, (0, 1))))
+        mapped = frozenset(place.axes("layers"))
+        with sharding.use(dataclasses.replace(place, mapped=mapped)):
+            got = jax.tree.map(np.asarray, run(stored, x, tokens))
+    monkeypatch.setattr(ragged, "fits", lambda: False)
+    with sharding.use(layout()):
+        for i in range(2):
+            one = jax.tree.map(lambda a, i=i: jnp.asarray(np.asarray(a)[i]), models)
+            rows = jax.tree.map(lambda a, i=i: jnp.asarray(np.asarray(a)[i]), tokens)
+            run = jax.jit(jax.grad(_square, (0, 1)))
+            want = run(one, jnp.asarray(np.asarray(x)[i]), rows)
+            for mine, theirs in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+                limit = 8 * toy.EPS * np.linalg.norm(theirs)
+                assert toy.distance(mine[i], np.asarray(theirs)) <= limit
+
+
+def _square(model, x, tokens):
+    y, aux = model(x, Side(tokens))
+    return (y * y).sum() + aux["moe_loss_B"].sum()
+
+
+def _stage(a):
+    axes = ["expert"] if a.ndim == 4 else [None] * (a.ndim - 1)
+    return sharding.spec("layers", *axes)
+
+
 def test_a_cache_drops_nothing():
     """Else a text would depend on how many of its tokens are read at a time."""
     tight = KINDS["sigmoid, shared, tight"]
