@@ -236,8 +236,11 @@ def _rebalanced(prog: Program, params: Params, sums: Metrics) -> Params:
 
     Once a step and by the load of the whole batch, so that nothing depends on its layout.
     """
+    paths = optim.balanced(prog.experiment.optim, prog.axes)
+    if not paths:
+        return params
     flat = trees.flatten(params)
-    for path in optim.balanced(prog.experiment.optim, prog.axes):
+    for path in paths:
         model: Any = prog.experiment.model
         load = sums["moe_load_LE"][np.asarray(model.sparse)].astype(jnp.float32)
         short = jnp.sign(load.mean(1, keepdims=True) - load)

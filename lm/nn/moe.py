@@ -160,7 +160,8 @@ class Moe(nnx.Module):
         choice_BTK = dispatch.choose(lax.stop_gradient(ranked_BTE), c.top_k)
         gate_BTK = dispatch.chosen(score_BTE, choice_BTK)
         if c.gate.renormalize:
-            gate_BTK = gate_BTK / gate_BTK.sum(-1, keepdims=True)
+            # Sigmoids may all be as good as 0.
+            gate_BTK = gate_BTK / (gate_BTK.sum(-1, keepdims=True) + 1e-20)
         if isinstance(c.gate, Sigmoid):
             gate_BTK = gate_BTK * c.gate.scale
 
