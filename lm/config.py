@@ -150,6 +150,7 @@ def _assign(draft: dict[str, Any], cls: type, path: str, text: str) -> None:
                 )
             else:
                 key_of, hint = key, _hints(owner)[key]
+                node.setdefault(key, _default(owner, key))  # a class just switched to
         else:
             raise ConfigError(f"--set {path}: {here} is {node!r}, which has no fields")
         if depth == len(parents):
@@ -161,6 +162,12 @@ def _assign(draft: dict[str, Any], cls: type, path: str, text: str) -> None:
                 node[key_of] = to_json(_parse(text, hint, f"--set {path}={text}"))
         else:
             node = node[key_of]
+
+
+def _default(cls: Any, name: str) -> Any:
+    """The JSON of a field's default, None where it has none."""
+    found = next(f.default for f in _fields(cls) if f.name == name)
+    return None if found is dataclasses.MISSING else to_json(found)
 
 
 def _element(node: list, hint: Any, key: str, path: str) -> tuple[Any, int]:

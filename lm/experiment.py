@@ -12,6 +12,7 @@ from lm.data.tokenizer import Bytes
 from lm.models.timetable import Pipeline
 from lm.models.transformer import Transformer
 from lm.nn.layers import Learned
+from lm.nn.moe import Moe
 from lm.objectives import Causal
 from lm.optim import Optim
 
@@ -187,6 +188,25 @@ class Experiment:
                     f"train.accumulate={self.train.accumulate}; use a multiple of it"
                 )
 
+    def _fit_experts(self, devices: int) -> None:
+        if devices == 1:
+            return
+        if not isinstance(self.model.ffn, Moe.Config):
+            raise ConfigError(
+                f"mesh.expert={devices}: the model has no experts to split; set mesh.expert=1 "
+                "and use data or fsdp, or model.ffn=Moe"
+            )
+        experts = self.model.ffn.experts
+        if experts % devices:
+            fits = [n for n in range(1, experts + 1) if experts % n == 0]
+            below = experts // devices * devices
+            near = [str(n) for n in (below, below + devices) if n]
+            raise ConfigError(
+                f"model.ffn.experts={experts} is not divisible by mesh.expert={devices}; set "
+                f"mesh.expert to {' or '.join(map(str, _nearest(fits, devices)))}, or "
+                f"model.ffn.experts to {' or '.join(near)}"
+            )
+
     def eval_size(self) -> int:
         """Returns the sequences of an evaluation batch."""
         return self.eval.batch_size or self.train.batch_size
@@ -226,6 +246,18 @@ class Experiment:
                 "model.remat=offload needs an accelerator whose activations go to host memory; "
                 "on a CPU use model.remat=full"
             )
+        self._fit_experts(layout.size("expert"))
+        ffn = self.model.ffn
+        if (
+            stages > 1
+            and isinstance(ffn, Moe.Config)
+            and ffn.dense_first + ffn.every > 1
+        ):
+            raise ConfigError(
+                f"mesh.pipe={stages}: the stages of a pipeline take equal layers, but "
+                f"model.ffn.dense_first={ffn.dense_first} and every={ffn.every}; set them to 0 "
+                "and 1, or mesh.pipe=1"
+            )
         rows = layout.size("vocab")
         if self.model.vocab_rows % rows:
             raise ConfigError(
@@ -253,6 +285,12 @@ class Experiment:
                 f"data.length={T} is not divisible by {parts} ({axes}; {why}); set data.length to "
                 f"{' or '.join(map(str, near))}"
             )
+
+
+def _nearest(values: list[int], wanted: int) -> list[int]:
+    """Returns the largest of the sorted values up to `wanted`, and the one after it."""
+    below = [v for v in values if v <= wanted]
+    return below[-1:] + values[len(below) : len(below) + 1]
 
 
 def names() -> list[str]:

@@ -274,13 +274,13 @@ def _row_key(key: Array, stream_2: Array) -> Array:
 def cast_once(prog: Program, params: Params) -> Params:
     """Casts to the dtype of compute what every use casts: no step reads fp32 weights.
 
-    Scales of norms are used in fp32 and stay. Weights split over fsdp stay split: each
+    Scales of norms and routers are used in fp32 and stay. Weights split over fsdp stay split: each
     step gathers a layer at a time, and no device holds the whole model.
     """
     dtype = prog.model(params).dtype
     flat = trees.flatten(params)
     for path, axes in prog.axes.items():
-        if "norm" not in axes:
+        if not {"norm", "choice", "balance"} & set(axes):
             flat[path] = flat[path].astype(dtype)
     return trees.nest(flat)
 

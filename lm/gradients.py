@@ -65,22 +65,18 @@ def of(
             total = jax.vmap(one, (None, 1))(params, jax.tree.map(_first, parts))
             return jax.tree.map(lambda x: x.sum(0), total)
 
-        def add(carry: Any, part: objectives.Batch) -> tuple[Any, None]:
-            found = jax.vmap(one, (None, 1))(params, part)
-            return jax.tree.map(jnp.add, carry, found), None
+        def add(carry: Params, part: objectives.Batch) -> tuple[Params, Sums]:
+            sums, grads = jax.vmap(one, (None, 1))(params, part)
+            return jax.tree.map(jnp.add, carry, grads), sums
 
-        def zeros(x: Any, spec: P) -> Array:
-            return jnp.zeros(x.shape, x.dtype, out_sharding=spec)
+        def zeros(path: str) -> Array:
+            shape, spec = prog.shapes[path].shape, prog.specs[path]
+            return jnp.zeros((R, *shape), jnp.float32, out_sharding=P(lead, *spec))
 
-        shapes = jax.eval_shape(
-            jax.vmap(one, (None, 1)), params, jax.tree.map(_first, parts)
-        )
-        sums = {k: zeros(x, P(lead)) for k, x in shapes[0].items()}
-        flat = trees.flatten(shapes[1])
-        grads = {k: zeros(x, P(lead, *prog.specs[k])) for k, x in flat.items()}
-        start = (sums, trees.nest(grads))
-        total, _ = jax.lax.scan(add, start, parts)
-        return jax.tree.map(lambda x: x.sum(0), total)
+        start = trees.nest({path: zeros(path) for path in prog.shapes})
+        grads, sums = jax.lax.scan(add, start, parts)
+        sums = jax.tree.map(lambda x: x.sum((0, 1)), sums)
+        return sums, jax.tree.map(lambda x: x.sum(0), grads)
 
 
 def scores(
@@ -164,7 +160,8 @@ def _staged(
         tokens = Tokens(batch["positions"], batch["segments"])
         side = model.side(tokens, _keys(prog, batch, step), prog.packed)
         x, aux, _ = model.stage(x, side, index_L=ids)
-        return x, jnp.zeros((), jnp.float32), aux
+        loss, sums = objectives.layers(aux, batch)
+        return x, jnp.float32(loss) / count, sums
 
     def head(rest: Params, x: Array, batch: objectives.Batch) -> tuple[Array, Sums]:
         model = prog.model({**params, **rest})

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from lm import metrics
 from lm.plan import chips, flops
@@ -18,6 +19,28 @@ class RunError(RuntimeError):
 def due(step: int, every: int) -> bool:
     """Returns whether what is done every so many steps (0: never) is due after `step`."""
     return bool(every) and step % every == 0
+
+
+def experts(load_LE: Any, layers: list[int], dropped: float) -> dict[str, Any]:
+    """Returns what is written of the experts' load in one step.
+
+    `moe_dropped`: share of the choices without a slot · `moe_load_max`: the busiest expert's load
+    over the mean of its layer · `moe_load_layer`: which layer · `moe_load`: all of that layer.
+
+    Args:
+        load_LE: choices by layer and expert.
+        layers: those that have experts.
+        dropped: choices without a slot.
+    """
+    load_SE = np.asarray(load_LE, np.float64)[layers]
+    ratio_SE = load_SE / np.maximum(load_SE.mean(1, keepdims=True), 1e-9)
+    worst = int(ratio_SE.max(1).argmax())
+    return {
+        "moe_dropped": dropped / max(load_SE.sum(), 1),
+        "moe_load_max": float(ratio_SE[worst].max()),
+        "moe_load_layer": layers[worst],
+        "moe_load": [round(float(x), 3) for x in ratio_SE[worst]],
+    }
 
 
 class Log:
@@ -61,7 +84,9 @@ class Log:
         if self._pending is None:
             return
         (step, result), self._pending = self._pending, None
-        values = {k: float(v) for k, v in jax.device_get(result).items()}
+        fetched = jax.device_get(result)
+        load_LE = fetched.pop("moe_load_LE", None)
+        values = {k: float(v) for k, v in fetched.items()}
         tokens = values["tokens"]
         self._speed.arrived(tokens)
         self.tokens += int(tokens)
@@ -73,7 +98,7 @@ class Log:
             self._means.add(shown if bits is None else {**shown, "bits_per_byte": bits})
         self._terminal.tick(step, values["loss"], self._speed.tokens_per_second)
         if due(step, self._prog.experiment.train.log_every) or values["consecutive"]:
-            self._write(step, values)
+            self._write(step, values, load_LE)
 
     def _refuse_to_go_on(self, step: int, values: dict[str, float]) -> None:
         most = self._prog.experiment.optim.guard.max_consecutive
@@ -84,7 +109,7 @@ class Log:
                 "the data of these steps; the checkpoints hold the state before them"
             )
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, float], load_LE: Any) -> None:
         speed = self._speed.take()
         rate = speed["tokens_per_second"]
         record: dict[str, Any] = {
@@ -96,6 +121,10 @@ class Log:
             **speed,
             "skipped": int(values["skipped"]),
         }
+        if load_LE is not None:
+            layers = list(self._prog.experiment.model.sparse)
+            record["moe_loss"] = values["moe_loss"] / max(values["tokens"], 1)
+            record |= experts(load_LE, layers, values["moe_dropped"])
         for name, cost in self._cost.items():
             record[name] = rate * cost / self._peak if rate and self._peak else None
         if memory := jax.local_devices()[0].memory_stats():

@@ -53,13 +53,26 @@ def causal(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the loss summed over the batch's scored tokens, and sums of what is reported.
 
-    Sums: `nll` (nats, of the cross-entropy alone), `tokens` (scored), `bytes` (of their text).
+    Sums: `nll` (nats, of the cross-entropy alone), `tokens` (scored), `bytes` (of their text), and
+    those of the layers. The losses of layers are a row's; they count as often as its scored tokens.
     """
     x_BTD, aux, _ = model(
         batch["tokens"], Tokens(batch["positions"], batch["segments"]), keys_BT, packed
     )
     loss, sums = score(objective, model, x_BTD, batch)
-    return loss, {**sums, **aux}
+    of_layers, more = layers(aux, batch)
+    return loss + of_layers, {**sums, **more}
+
+
+def layers(
+    aux: dict[str, Array], batch: Batch
+) -> tuple[Array | float, dict[str, Array]]:
+    """Returns the loss that layers add, and their sums, from the sums of their aux."""
+    aux = dict(aux)
+    if "moe_loss_B" not in aux:
+        return 0.0, aux
+    loss = (aux.pop("moe_loss_B") * batch["weights"].sum(1)).sum()
+    return loss, {**aux, "moe_loss": loss}
 
 
 def score(

@@ -223,8 +223,15 @@ def assign(groups: tuple[Group, ...], paths: Collection[str]) -> dict[str, Group
 
 
 def frozen(optim: Optim, axes: Axes) -> frozenset[str]:
-    """Returns the paths of parameters that are never updated."""
-    return frozenset(p for p, g in assign(optim.groups, axes).items() if g.frozen)
+    """Returns the paths of parameters that no gradient updates."""
+    groups = assign(optim.groups, axes).items()
+    return frozenset(p for p, g in groups if g.frozen or "balance" in axes[p])
+
+
+def balanced(optim: Optim, axes: Axes) -> list[str]:
+    """Returns the paths of biases that the load of experts moves, unless a group freezes them."""
+    groups = assign(optim.groups, axes).items()
+    return [p for p, g in groups if not g.frozen and "balance" in axes[p]]
 
 
 def build(

@@ -159,7 +159,7 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
 
 def _stored(path: str, shape: tuple[int, ...], places: np.ndarray) -> tuple[int, ...]:
     """Returns the shape in memory: stacked parameters have a row for every place of a layer."""
-    if path.split("/")[0] != STACK:
+    if len(places) == 1 or path.split("/")[0] != STACK:
         return shape
     return (places.size, *shape[1:])
 
@@ -169,7 +169,7 @@ def build(config: Transformer.Config, key: Array) -> Transformer:
 
 
 def _path(keys: tuple[Any, ...]) -> str:
-    return "/".join(key.name for key in keys)
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _zero1(layout: sharding.Layout, shape: jax.ShapeDtypeStruct, spec: P) -> P:

@@ -53,12 +53,6 @@ class MeshConfig:
                 raise ConfigError(
                     f"mesh.{axis}={n}: expected a positive number, or -1 (the rest)"
                 )
-        for axis in ("expert",):
-            if sizes[axis] != 1:
-                raise ConfigError(
-                    f"mesh.{axis}={sizes[axis]}: not available yet; set mesh.{axis}=1 "
-                    "and use data, fsdp, seq and tensor"
-                )
         n = sizes[self.slice_axis]
         if self.slices < 1 or (n != -1 and n % self.slices):
             raise ConfigError(
@@ -108,6 +102,7 @@ class Rules:
         "seq",
     )  # the length of the residual stream between blocks
     replica: tuple[str, ...] = ("data",)  # a leading axis of one entry per data replica
+    dispatched: tuple[str, ...] = ("data", "fsdp", "seq")  # rows of an expert's buffers
     # Weights (and activations of the same name).
     embed: tuple[str, ...] = ("fsdp",)
     heads: tuple[str, ...] = ("tensor",)
@@ -116,6 +111,8 @@ class Rules:
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor", "pipe")
     expert: tuple[str, ...] = ("expert",)
+    choice: tuple[str, ...] = ()  # the experts that a router scores: every token all
+    balance: tuple[str, ...] = ()  # biases of that choice, moved by counts, not trained
     layers: tuple[str, ...] = ("pipe",)
     position: tuple[str, ...] = ()
     norm: tuple[

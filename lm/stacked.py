@@ -49,6 +49,14 @@ def arranged(prog: Program, tree: Any) -> Any:
     return _stacks(prog, tree, one)
 
 
+def rows(prog: Program, x_LE: Array, layers: list[int]) -> Array:
+    """Returns the lines of these layers in the order of memory; 0 where there is no layer."""
+    if not prog.staged:
+        return x_LE[np.asarray(layers)]
+    places = prog.places.ravel()
+    return jnp.where((places >= 0)[:, None], x_LE[np.maximum(places, 0)], 0)
+
+
 def _stacks(prog: Program, tree: Any, change: Any) -> Any:
     flat = trees.flatten(tree)
     for path, x in flat.items():

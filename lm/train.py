@@ -98,7 +98,8 @@ def make_train_step(
     """Returns the compiled step; its state argument is donated.
 
     Metrics: `loss` (nats a scored token, with z-loss and smoothing), sums `nll`, `tokens`,
-    `bytes`, and `grad_norm`, `learning_rate`, `skipped` (steps so far), `consecutive`.
+    `bytes` and those of the layers (see `Moe`), and `grad_norm`, `learning_rate`, `skipped`
+    (steps so far), `consecutive`.
     """
     config = prog.experiment.optim
 
@@ -118,6 +119,7 @@ def make_train_step(
             grads, state.opt_state, params, step=state.step
         )
         params = optax.apply_updates(params, updates)
+        params = _rebalanced(prog, params, sums)  # type: ignore[arg-type]
         ema = state.ema
         if config.ema is not None:
             ema = optim.ema_update(config.ema, ema, params, state.step)
@@ -139,6 +141,25 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, health), metrics
 
     return prog.compiled(train_step, donate_argnums=0)
+
+
+def _rebalanced(prog: Program, params: Params, sums: Metrics) -> Params:
+    """Moves the biases of a router's choice: up where an expert had less than the mean load.
+
+    Once a step and by the load of the whole batch, so that nothing depends on its layout.
+    """
+    paths = optim.balanced(prog.experiment.optim, prog.axes)
+    if not paths:
+        return params
+    flat = trees.flatten(params)
+    for path in paths:
+        model: Any = prog.experiment.model
+        load = sums["moe_load_LE"].astype(jnp.float32)
+        short = jnp.sign(load.mean(1, keepdims=True) - load)
+        short = stacked.rows(prog, short, list(model.sparse))
+        step = reshard(model.ffn.gate.rate * short, prog.updates[path])
+        flat[path] = flat[path] + step
+    return trees.nest(flat)
 
 
 def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metrics]:

@@ -17,6 +17,7 @@ from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.ffn import Mlp
 from lm.nn.layers import LayerNorm, Learned
+from lm.nn.moe import Dropless, Moe, Sigmoid
 
 CODER = ByteTokenizer()
 EOT = CODER.eot
@@ -26,12 +27,12 @@ LENGTH = 48  # the context of these models, tokens
 def tiny(vocab_size=257, length=LENGTH, **model):
     """An experiment with a model of 2 layers, 16 wide."""
     sizes = {"layers": 2, "dim": 16, "heads": 4, "kv_heads": 2}
+    sizes |= {"ffn": Mlp.Config(hidden=24)}
     return Experiment(
         name="tiny",
         model=Transformer.Config(
             vocab_size=vocab_size,
             vocab_multiple=8,
-            ffn=Mlp.Config(hidden=24),
             **{**sizes, **model},
         ),
         data=Data(
@@ -102,6 +103,12 @@ CASES = {
     "mqa-window-softcap-blockwise": {
         "kv_heads": 1,
         "attention": Attention.Config(window=5, softcap=2.0, bias=True),
+    },
+    "experts": {
+        "layers": 5,
+        "ffn": Moe.Config(
+            hidden=24, gate=Sigmoid(), dispatch=Dropless(), dense_first=1, every=3
+        ),
     },
     "learned-layernorm-unrolled": {
         "kv_heads": 4,

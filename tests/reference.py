@@ -15,7 +15,9 @@ from lm import sharding
 from lm.experiment import Experiment
 from lm.models.transformer import Transformer
 from lm.nn.blockwise import Mask, Tokens
+from lm.nn.ffn import Mlp
 from lm.nn.layers import LayerNorm, Rope, dropout, dropout_keys
+from lm.nn.moe import Moe, Softmax
 
 
 def attention(mask, q, k, v, q_tokens, kv_tokens):
@@ -80,39 +82,95 @@ def _mixer(c: Transformer.Config, p, x, batch):
     return jnp.einsum("btnh,nhd->btd", y, p["mixer/out_nhd"]) + shift("out_bias_d")
 
 
-def _ffn(c: Transformer.Config, p, x):
-    up = x @ p["ffn/up_df"] + p.get("ffn/up_bias_f", 0.0)
-    if c.ffn.activation == "gelu":
+def _mlp(c: Mlp.Config, p, x):
+    up = x @ p["up_df"] + p.get("up_bias_f", 0.0)
+    if c.activation == "gelu":
         h = jax.nn.gelu(up)
     else:
-        gate = x @ p["ffn/gate_df"] + p.get("ffn/gate_bias_f", 0.0)
-        act = jax.nn.silu if c.ffn.activation == "swiglu" else jax.nn.gelu
+        gate = x @ p["gate_df"] + p.get("gate_bias_f", 0.0)
+        act = jax.nn.silu if c.activation == "swiglu" else jax.nn.gelu
         h = act(gate) * up
-    return h @ p["ffn/down_fd"] + p.get("ffn/down_bias_d", 0.0)
+    return h @ p["down_fd"] + p.get("down_bias_d", 0.0)
+
+
+def _moe(c: Moe.Config, p, x, batch):
+    """Returns y, and of the layer: losses [B], load [E], margin of the choice.
+
+    Every expert on every token, SwiGLU; a choice counts if fewer than a buffer's slots of earlier
+    tokens of the row are the same.
+    """
+    real, logits = batch["segments"] > 0, x @ p["router_de"]
+    soft = isinstance(c.gate, Softmax)
+    score = jax.nn.softmax(logits) if soft else jax.nn.sigmoid(logits)
+    ranked = score + p.get("balance_e", 0.0)
+    best = jnp.sort(ranked, -1)[..., ::-1]
+    chosen = (ranked >= best[..., c.top_k - 1 : c.top_k]) & real[..., None]
+    margin = jnp.where(real, best[..., c.top_k - 1] - best[..., c.top_k], 1).min()
+    room = c.room(x.shape[1]) or x.shape[1]
+    kept = chosen & (jnp.cumsum(chosen, 1) <= room)
+    total = (score * chosen).sum(-1, keepdims=True)
+    gates = score * kept / jnp.where(real[..., None], total, 1)
+    h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, p["gate_edf"]))
+    h = h * jnp.einsum("btd,edf->btef", x, p["up_edf"])
+    y = jnp.einsum("btef,efd,bte->btd", h, p["down_efd"], gates)
+    if c.shared:
+        shared = {k[7:]: v for k, v in p.items() if k.startswith("shared/")}
+        y = y + _mlp(Mlp.Config(), shared, x)
+    n = jnp.maximum(real.sum(1), 1)
+    share = (score / score.sum(-1, keepdims=True) * real[..., None]).sum(1)
+    even = c.experts * (chosen.sum(1) * share).sum(-1) / (c.top_k * n * n)
+    z = (jax.nn.logsumexp(logits, -1) ** 2 * real).sum(1) / n
+    aux = (c.balance * even + c.z_loss * z, chosen.sum((0, 1)), margin)
+    return y, aux
+
+
+def _place(c: Transformer.Config, i: int) -> tuple[str, int]:
+    """Returns the prefix of layer i's parameters, and its entry of them."""
+    first, every = (
+        (c.ffn.dense_first, c.ffn.every) if isinstance(c.ffn, Moe.Config) else (0, 1)
+    )
+    if not first and every == 1:
+        return "layers/", i
+    units, has_first = (c.layers - first) // every, int(first > 0)
+    if i < first:
+        return "layers/stacks/0/", i
+    unit, within = divmod(i - first, every)
+    if unit == units:
+        return f"layers/stacks/{has_first + 1}/", within
+    block = f"blocks/{within}/" if every > 1 else ""
+    return f"layers/stacks/{has_first}/{block}", unit
 
 
 def _logits(c: Transformer.Config, p, batch, masks):
-    """Returns the hidden states [B, T, D] and the logits [B, T, true vocabulary]."""
+    """Returns the hidden states [B, T, D], the logits [B, T, true vocabulary], and of each layer
+    with experts its losses, load and margin."""
     masks = masks or [1.0] * (2 * c.layers + 1)
     x = p["embed_vd"][batch["tokens"]]
     if "position_pd" in p:
         x = x + p["position_pd"][batch["positions"]]
-    x = x * masks[-1]
+    x, routed = x * masks[-1], []
     for i in range(c.layers):
+        prefix, entry = _place(c, i)
         layer = {
-            k.removeprefix("layers/"): v[i]
+            k.removeprefix(prefix): v[entry]
             for k, v in p.items()
-            if k.startswith("layers/")
+            if k.startswith(prefix)
         }
         h = _norm(layer, "norm1", c.norm, x)
         x = x + _mixer(c, layer, h, batch) * masks[2 * i]
         h = _norm(layer, "norm2", c.norm, x)
-        x = x + _ffn(c, layer, h) * masks[2 * i + 1]
+        ffn = {k[4:]: v for k, v in layer.items() if k.startswith("ffn/")}
+        if "router_de" in ffn:
+            y, aux = _moe(c.ffn, ffn, h, batch)
+            routed.append(aux)
+        else:
+            y = _mlp(c.ffn.dense if isinstance(c.ffn, Moe.Config) else c.ffn, ffn, h)
+        x = x + y * masks[2 * i + 1]
     x = _norm(p, "norm", c.norm, x)
     z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
-    return x, z if c.head_softcap is None else c.head_softcap * jnp.tanh(
-        z / c.head_softcap
-    )
+    if c.head_softcap is not None:
+        z = c.head_softcap * jnp.tanh(z / c.head_softcap)
+    return x, z, routed
 
 
 def token_loss(objective, z, targets):
@@ -127,8 +185,10 @@ def token_loss(objective, z, targets):
 @functools.cache
 def _compiled(c: Transformer.Config, objective: Any):
     def loss(p, batch, masks):
-        _, z = _logits(c, p, batch, masks)
+        _, z, routed = _logits(c, p, batch, masks)
         each = token_loss(objective, z, batch["targets"])
+        rows = sum((losses for losses, _, _ in routed), jnp.zeros(len(z)))
+        each = each + rows[:, None]
         return (each * batch["weights"]).sum() / batch["weights"].sum()
 
     return jax.jit(jax.value_and_grad(loss)), jax.jit(functools.partial(_logits, c))
@@ -152,7 +212,18 @@ def logits(chosen: Experiment, params: dict, host: dict) -> Any:
     """Returns hidden states and logits in float64, without dropout."""
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         _, run = _compiled(chosen.model, chosen.objective)
-        return jax.tree.map(np.asarray, run(*_double((params, host)), None))
+        x, z, _ = run(*_double((params, host)), None)
+        return np.asarray(x), np.asarray(z)
+
+
+def routing(chosen: Experiment, params: dict, host: dict, step: int) -> Any:
+    """Returns the load [S, E] of the layers with experts, and the smallest margin of a choice."""
+    masks = dropout_masks(chosen, host, step)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        _, run = _compiled(chosen.model, chosen.objective)
+        _, _, routed = run(*_double((params, host, masks)))
+        _, loads, margins = zip(*routed, strict=True)
+        return np.stack([np.asarray(x) for x in loads]), min(map(float, margins))
 
 
 def dropout_masks(chosen: Experiment, host: dict, step: int) -> list[np.ndarray] | None:

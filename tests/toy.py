@@ -239,10 +239,11 @@ def run(
     metrics, gradient = [], {}
     for host in batches:
         state, sums = step(state, place(prog, host))
-        metrics.append({k: float(v) for k, v in sums.items()})
+        metrics.append({k: float(v) for k, v in sums.items() if not v.ndim})
         if not gradient and isinstance(prog.experiment.optim.algorithm, Sgd):
             momentum = flat(train.saved(prog, state.opt_state))
-            gradient = {p: _ending(momentum, p) for p in prog.shapes}
+            trained = [p for p, axes in prog.axes.items() if "balance" not in axes]
+            gradient = {p: _ending(momentum, p) for p in trained}
     losses = [m["loss"] for m in metrics]
     params = flat(train.saved(prog, state.params))
     return Run(step.as_text(), losses, metrics, gradient, params, state)

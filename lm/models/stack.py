@@ -1,4 +1,4 @@
-"""A stack of equal blocks: built at once, run by a scan, rematerialized by a named policy.
+"""A stack of blocks: equal ones built at once, run by a scan, rematerialized by a named policy.
 
 The block contract: `block(x, side, layer, cache) -> (x, aux, cache)`. `side` travels with the rows;
 `layer` holds what differs from layer to layer besides the weights (its index); `aux` sums losses
@@ -6,11 +6,12 @@ and counts; `cache` is what decoding keeps for the layer, or None.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import reshard
@@ -20,6 +21,7 @@ from lm import sharding
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
 from lm.nn.layers import Norm, Side, dropout, make_norm
+from lm.nn.moe import Moe
 from lm.nn.param import residual_std
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
@@ -38,7 +40,7 @@ class Block(nnx.Module):
             int  # of the whole stack: sets the scale of the projections into the stream
         )
         mixer: Attention.Config
-        ffn: Mlp.Config
+        ffn: Mlp.Config | Moe.Config
         norm: Norm
         dropout: float
         init_std: float
@@ -51,7 +53,9 @@ class Block(nnx.Module):
             config.mixer, config.dim, config.heads, config.kv_heads, std, out_std, rngs
         )
         self.norm2 = make_norm(config.norm, config.dim, "norm", rngs)
-        self.ffn = Mlp(config.ffn, config.dim, std, out_std, rngs)
+        kind: Any = Moe if isinstance(config.ffn, Moe.Config) else Mlp
+        self.ffn = kind(config.ffn, config.dim, std, out_std, rngs)
+        self.layers = config.layers
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], side: Side, layer: Any, cache: Any = None
@@ -59,8 +63,11 @@ class Block(nnx.Module):
         site = layer["index"] * SITES
         y_BTD, cache = self.mixer(enter(self.norm1(x_BTD)), side, cache)
         x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site)
-        y_BTD = self.ffn(enter(self.norm2(x_BTD)))
-        return x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1), {}, cache
+        y_BTD, aux = self.ffn(enter(self.norm2(x_BTD)), side)
+        if "moe_load_E" in aux:  # a line of each layer's own, so that a sum keeps them
+            mine_L = jnp.arange(self.layers) == layer["index"]
+            aux["moe_load_LE"] = mine_L[:, None] * aux.pop("moe_load_E")[None]
+        return x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1), aux, cache
 
 
 def enter(x_BTD: Array) -> Array:
@@ -91,13 +98,61 @@ def policy(remat: Remat) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return lambda f: jax.checkpoint(f, policy=keep, prevent_cse=False)
 
 
-def build(config: Block.Config, rngs: nnx.Rngs) -> Block:
-    """Returns a block whose parameters carry a leading axis of `config.layers`."""
-    return jax.vmap(lambda r: Block(config, r))(rngs.split(config.layers))
+class Unit(nnx.Module):
+    """Blocks of several kinds, one after another; a stack repeats it like a block."""
+
+    def __init__(self, configs: Sequence[Block.Config], rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(config, rngs) for config in configs])
+
+    def __call__(
+        self, x_BTD: Array, side: Side, layer: Any, cache: Any = None
+    ) -> tuple[Array, dict[str, Array], Any]:
+        sums, caches = [], []
+        for i, block in enumerate(self.blocks):
+            here = {"index": layer["index"] + np.uint32(i)}
+            mine = jax.tree.map(lambda a, i=i: a[i], cache)
+            x_BTD, aux, mine = block(x_BTD, side, here, mine)
+            sums.append(aux)
+            caches.append(mine)
+        return x_BTD, add(sums), jax.tree.map(lambda *a: jnp.stack(a), *caches)
+
+
+class Groups(nnx.Module):
+    """Stacks that run one after another: dense layers first, then units, then the remainder."""
+
+    def __init__(self, stacks: Sequence[Any]):
+        self.stacks = nnx.List(stacks)
+
+
+def build(config: Block.Config, rngs: nnx.Rngs) -> Block | Groups:
+    """Returns blocks whose parameters carry a leading axis: all `config.layers`, if all are equal.
+
+    Layers without experts before and between those with (`Moe.Config`) make `Groups` of them.
+    """
+
+    def repeat(count: int, *unit: Block.Config) -> Any:
+        def one(r: nnx.Rngs) -> Block | Unit:
+            return Block(unit[0], r) if len(unit) == 1 else Unit(unit, r)
+
+        return jax.vmap(one)(rngs.split(count))
+
+    if not isinstance(config.ffn, Moe.Config):
+        return repeat(config.layers, config)
+    first, every = config.ffn.dense_first, config.ffn.every
+    if not first and every == 1:
+        return repeat(config.layers, config)
+    dense = dataclasses.replace(config, ffn=config.ffn.dense)
+    units, rest = divmod(config.layers - first, every)
+    stacks = [
+        repeat(first, dense) if first else None,
+        repeat(units, *[dense] * (every - 1), config),
+        repeat(rest, dense) if rest else None,
+    ]
+    return Groups([s for s in stacks if s is not None])
 
 
 def run(
-    blocks: Block,
+    blocks: Any,
     x_BTD: Array,
     side: Side,
     cache: Any = None,
@@ -108,23 +163,71 @@ def run(
 ) -> tuple[Array, dict[str, Array], Any]:
     """Returns x after all layers, the sum of their aux, and the new cache ([L, …] like the old).
 
-    Scanned, one layer is compiled; unrolled, XLA sees them all. The maths is the same.
-
     Args:
-        blocks: parameters with a leading axis of layers.
+        blocks: from `build`, or a part of it.
         x_BTD: the residual stream.
         side: what else every block gets.
         cache: of every layer, or None.
         remat: what to keep for the backward.
         scan: over the layers.
-        index_L: int32 numbers of the layers, where they are not 0, 1, 2, …; a negative one is no
+        index_L: int32 numbers of equal layers, where they are not 0, 1, 2, …; a negative one is no
             layer, and its parameters do nothing.
     """
-    layers = jax.tree.leaves(nnx.to_pure_dict(nnx.state(blocks)))[0].shape[0]
-    index = jnp.arange(layers) if index_L is None else index_L
-    layer = {"index": index.astype(jnp.uint32)}
     if index_L is not None:
-        layer["there"] = index_L >= 0
+        layer = {"index": index_L.astype(jnp.uint32), "there": index_L >= 0}
+        return _layers(blocks, layer, x_BTD, side, cache, remat=remat, scan=scan)
+    stacks = blocks.stacks if isinstance(blocks, Groups) else [blocks]
+    first, sums, caches = 0, [], []
+    for one in stacks:
+        after = first + _repeats(one) * _unit(one)
+        mine = jax.tree.map(lambda a, i=first, j=after: a[i:j], cache)
+        x_BTD, aux, mine = _run(one, first, x_BTD, side, mine, remat=remat, scan=scan)
+        sums.append(aux)
+        caches.append(mine)
+        first = after
+    return x_BTD, add(sums), jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
+
+
+def add(sums: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """Returns the sums of aux by name; not every kind of block has every name."""
+    names = dict.fromkeys(name for aux in sums for name in aux)
+    return {n: sum(a[n] for a in sums if n in a) for n in names}  # type: ignore[misc]
+
+
+def _repeats(stack: Any) -> int:
+    return jax.tree.leaves(nnx.to_pure_dict(nnx.state(stack)))[0].shape[0]
+
+
+def _unit(stack: Any) -> int:
+    return len(stack.blocks) if isinstance(stack, Unit) else 1
+
+
+def _run(
+    blocks: Any, first: int, x_BTD: Array, side: Side, cache: Any, **how: Any
+) -> tuple[Array, dict[str, Array], Any]:
+    """One stack, whose first layer is number `first`."""
+    repeats, unit = _repeats(blocks), _unit(blocks)
+    index = first + np.arange(repeats, dtype=np.uint32) * unit
+    layer = {"index": jnp.asarray(index, jnp.uint32)}
+    if unit > 1:
+        cache = jax.tree.map(lambda a: a.reshape(repeats, unit, *a.shape[1:]), cache)
+    x_BTD, aux, cache = _layers(blocks, layer, x_BTD, side, cache, **how)
+    if unit > 1:
+        cache = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), cache)
+    return x_BTD, aux, cache
+
+
+def _layers(
+    blocks: Any,
+    layer: dict[str, Array],
+    x_BTD: Array,
+    side: Side,
+    cache: Any,
+    *,
+    remat: Remat,
+    scan: bool,
+) -> tuple[Array, dict[str, Array], Any]:
+    """Equal layers: scanned, one is compiled; unrolled, all are. The maths is the same."""
 
     def body(x: Array, slices: Any) -> tuple[Array, Any]:
         block, layer, cache = slices
@@ -139,18 +242,19 @@ def run(
     if scan:
         x_BTD, (aux, cache) = jax.lax.scan(body, x_BTD, (blocks, layer, cache))
     else:
+        repeats = _repeats(blocks)
         slices = [
-            jax.tree.map(lambda a, i=i: a[i], (layer, cache)) for i in range(layers)
+            jax.tree.map(lambda a, i=i: a[i], (layer, cache)) for i in range(repeats)
         ]
         outs = []
-        for block, one in zip(_unstack(blocks, layers), slices, strict=True):
+        for block, one in zip(_unstack(blocks, repeats), slices, strict=True):
             x_BTD, out = body(x_BTD, (block, *one))
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
     return x_BTD, jax.tree.map(lambda a: a.sum(0), aux), cache
 
 
-def _unstack(blocks: Block, layers: int) -> list[Block]:
+def _unstack(blocks: Any, layers: int) -> list[Any]:
     """Splits every stacked parameter at once, so that its gradient is one concatenation."""
 
     def split(a: Array) -> list[Array]:

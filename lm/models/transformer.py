@@ -28,6 +28,7 @@ from lm.nn.layers import (
     make_norm,
     rope_tables,
 )
+from lm.nn.moe import Moe
 from lm.nn.param import param, weight
 
 
@@ -43,7 +44,7 @@ class Transformer(nnx.Module):
         vocab_size: int = 257  # tokens of the tokenizer
         vocab_multiple: int = 256  # the embedding has this many rows, or a multiple
         attention: Attention.Config = Attention.Config()
-        ffn: Mlp.Config = Mlp.Config()
+        ffn: Mlp.Config | Moe.Config = Mlp.Config()
         norm: Norm = RmsNorm.Config()
         positions: Rope | Learned = Rope()
         tied: bool = True  # the head is the embedding
@@ -92,10 +93,30 @@ class Transformer(nnx.Module):
                 raise ConfigError(
                     f"model.dropout={self.dropout}: expected 0 <= dropout < 1"
                 )
+            self._check_experts()
             if self.dtype not in ("auto", "float32", "bfloat16"):
                 raise ConfigError(
                     f"model.dtype={self.dtype}: expected auto, float32 or bfloat16"
                 )
+
+        def _check_experts(self) -> None:
+            if not isinstance(self.ffn, Moe.Config):
+                return
+            if self.layers - self.ffn.dense_first < self.ffn.every:
+                raise ConfigError(
+                    f"model.layers={self.layers} with model.ffn.dense_first="
+                    f"{self.ffn.dense_first} and every={self.ffn.every}: no layer would have "
+                    f"experts; set model.layers to {self.ffn.dense_first + self.ffn.every} or more"
+                )
+
+        @property
+        def sparse(self) -> range:
+            """Numbers of the layers that have experts."""
+            if not isinstance(self.ffn, Moe.Config):
+                return range(0)
+            return range(
+                self.ffn.dense_first + self.ffn.every - 1, self.layers, self.ffn.every
+            )
 
         @property
         def head_dim(self) -> int:

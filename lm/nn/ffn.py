@@ -1,7 +1,7 @@
 """Feed-forward layers. Shapes: B batch, T length, D embed, F hidden."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,11 @@ class Mlp(nnx.Module):
             self.up_bias_f = param(rngs, (F,), ("mlp",), 0.0)
             self.down_bias_d = param(rngs, (dim,), ("norm",), 0.0)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], side: Any = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Returns the output and, as every feed-forward layer does, its losses and counts."""
+        del side
         h_BTF = self._hidden(x_BTD)
         out = sharding.spec("batch", "residual", None)
         y_BTD = einsum(
@@ -56,7 +60,7 @@ class Mlp(nnx.Module):
         )  # reduce over tensor
         if self.config.bias:
             y_BTD = y_BTD + self.down_bias_d[...].astype(y_BTD.dtype)[None, None]
-        return y_BTD
+        return y_BTD, {}
 
     def _hidden(self, x_BTD: Array) -> Array:
         dtype, bias = x_BTD.dtype, self.config.bias

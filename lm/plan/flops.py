@@ -1,20 +1,21 @@
 """Floating-point operations of a model, counted from its config (a multiply-add is two)."""
 
 from lm.models.transformer import Transformer
+from lm.nn.ffn import Mlp
+from lm.nn.moe import Moe
 
 
 def forward(config: Transformer.Config, length: int, *, causal: bool) -> float:
     """Returns the operations of one token's forward pass in a sequence of `length` tokens.
 
     Products with weights, and attention's two products over the keys; norms, softmax and the
-    like are left out, as is usual. `causal=False` counts every key of the row, as most published
-    MFU figures do (Chowdhery et al. 2022, appendix B); True only the keys a token may see.
+    like are left out, as is usual; so are experts that a token is not sent to. `causal=False`
+    counts every key of the row, as most published MFU figures do (Chowdhery et al. 2022, appendix
+    B); True only the keys a token may see.
     """
     c = config
     projections = c.dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    matrices = 2 if c.ffn.activation == "gelu" else 3
-    feed_forward = matrices * c.dim * c.ffn.width(c.dim)
-    weights = c.layers * (projections + feed_forward) + c.vocab_rows * c.dim
+    weights = c.layers * projections + _feed_forward(c) + c.vocab_rows * c.dim
     keys = float(length)
     if causal:
         window = min(c.attention.window or length, length)
@@ -22,6 +23,19 @@ def forward(config: Transformer.Config, length: int, *, causal: bool) -> float:
             2 * length
         )  # the mean over the positions
     return 2.0 * weights + 4.0 * c.layers * c.heads * c.head_dim * keys
+
+
+def _feed_forward(c: Transformer.Config) -> int:
+    """Returns the weights of all layers' feed-forward parts that one token meets."""
+    if not isinstance(c.ffn, Moe.Config):
+        return c.layers * _mlp(c.ffn, c.dim)
+    active = _mlp(c.ffn.expert(c.dim), c.dim) * (c.ffn.top_k + c.ffn.shared)
+    sparse = len(c.sparse) * (active + c.dim * c.ffn.experts)
+    return sparse + (c.layers - len(c.sparse)) * _mlp(c.ffn.dense, c.dim)
+
+
+def _mlp(c: Mlp.Config, dim: int) -> int:
+    return (2 if c.activation == "gelu" else 3) * dim * c.width(dim)
 
 
 def train(config: Transformer.Config, length: int, *, causal: bool) -> float:
