@@ -18,6 +18,7 @@ ROUNDINGS = 64
 FIVE = ["model.layers=5"]
 EIGHT = ["model.layers=8"]
 ROUNDS = ["pipeline.schedule=interleaved", "pipeline.rounds=2"]
+EXPERTS = ["model.ffn=Moe", "model.ffn.hidden=24"]
 CASES = {
     "1f1b, uneven": [*FIVE, "mesh.pipe=4", "mesh.data=2", "pipeline.microbatches=4"],
     "1f1b, fewer microbatches than stages": [
@@ -34,6 +35,17 @@ CASES = {
     "interleaved, uneven, sequence": [
         *FIVE, *ROUNDS, "mesh.pipe=2", "mesh.data=2", "mesh.tensor=2", "pipeline.microbatches=2",
         "mesh.sequence_parallel=true", "train.accumulate=2", "model.scan=true",
+    ],
+    "1f1b, ring": [
+        "mesh.pipe=2", "mesh.seq=2", "mesh.data=2", "model.attention.context=ring",
+        "pipeline.microbatches=2", "model.dropout=0.1",
+    ],
+    "1f1b, experts": [
+        *EXPERTS, "mesh.pipe=2", "mesh.expert=2", "mesh.tensor=2", "pipeline.microbatches=2",
+    ],
+    "interleaved, dropless experts, fsdp": [
+        *EXPERTS, *ROUNDS, "mesh.pipe=2", "mesh.expert=2", "mesh.fsdp=2", "model.layers=4",
+        "pipeline.microbatches=2", "model.ffn.dispatch=Dropless", "model.ffn.gate=Sigmoid",
     ],
     "1f1b, learned positions": [
         *toy.CLASSIC, "model.attention.bias=false", "mesh.pipe=2", "mesh.tensor=4",
