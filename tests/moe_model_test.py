@@ -6,6 +6,7 @@ that no result here hangs on a rounding.
 
 import dataclasses
 import functools
+from typing import Any
 
 import hlo
 import jax
@@ -96,6 +97,7 @@ def assert_as_exact(got, one, exact):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_device_trains_as_float64_does(kind):
     losses, gradient, params, margin = in_float64(kind)
+    assert gradient is not None
     _, run = trained(kind, ONE)
     assert margin > 20 * toy.EPS  # and scores err by a few roundings
     np.testing.assert_allclose(run.losses, losses, rtol=1e-6)
@@ -155,7 +157,8 @@ def test_optimizers_see_one_matrix_of_one_expert(algorithm):
 def test_tokens_move_by_all_to_alls_and_nothing_else_does(mesh):
     """There and back, forward and backward; nothing of the tokens' width is gathered."""
     prog, run = trained("mixtral", mesh)
-    found = hlo.collectives(run.text, prog.layout.mesh)
+    devices: Any = prog.layout.mesh
+    found = hlo.collectives(run.text, devices)
     moved = [c for c in found if c.kind == "all-to-all"]
     assert len(moved) == 4 and all(c.axes == {"expert"} and c.looped for c in moved)
     assert all(c.axes == {"fsdp"} for c in found if c.kind == "all-gather")

@@ -4,6 +4,7 @@ Shapes: B rows, T length, D embed, F hidden width, E experts, K choices of a tok
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def layout(**sizes):
     )
 
 
-def apply(config, sizes=None, x=X, order=slice(None), cached=False):
+def apply(config, sizes=None, x=X, order: Any = slice(None), cached=False):
     """Returns y, aux, and gradients by path (x's as "x") of a layer with random weights."""
     place = layout(**(sizes or {}))
     with sharding.use(place):
@@ -215,7 +216,7 @@ def test_endless_capacity_drops_nothing():
 @pytest.mark.parametrize("kind", ["sigmoid, shared, tight", "dropless"])
 def test_a_mesh_does_not_change_the_layer(kind, mesh):
     """The length may lie in any order over its devices: here two chunks on each of two."""
-    order = slice(None)
+    order: Any = slice(None)
     if MESHES[mesh].get("seq"):
         order = np.concatenate([np.arange(4 * c, 4 * c + 4) for c in (0, 3, 1, 2)])
     y, aux, grads, _ = apply(KINDS[kind], MESHES[mesh], order=order)

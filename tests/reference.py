@@ -93,7 +93,7 @@ def _mlp(c: Mlp.Config, p, x):
     return h @ p["down_fd"] + p.get("down_bias_d", 0.0)
 
 
-def _moe(c: Moe.Config, p, x, batch):
+def _moe(c: Any, p, x, batch):
     """Returns y, and of the layer: losses [B], load [E], margin of the choice.
 
     Every expert on every token, SwiGLU; a choice counts if fewer than a buffer's slots of earlier
