@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-.PHONY: help setup train test check lint types bench bench-gpu golden docs clean
+.PHONY: help setup train test check lint types bench bench-gpu bench-parallel mesh-matrix golden docs clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,12 @@ types: setup  ## pyright over lm and experiments
 
 bench: setup  ## the benchmarks of benchmarks/RESULTS.md that a CPU can run
 	@$(BIN)/python -m benchmarks
+
+bench-parallel: setup  ## pipelines and meshes on emulated devices: bubble, memory, compile time
+	@$(BIN)/python -m benchmarks.parallel $(ARGS)
+
+mesh-matrix: setup  ## train on every placement of 8 devices; writes docs/mesh-matrix.md
+	@$(BIN)/python -m pytest -q -m matrix -n $(WORKERS) --dist=loadfile tests/mesh_matrix_test.py $(ARGS)
 
 bench-gpu: setup  ## those that need a GPU
 	@$(BIN)/python -m benchmarks --gpu

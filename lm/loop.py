@@ -27,6 +27,7 @@ from lm.data import loader
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.log import Log, due
+from lm.plan import placement
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
 from lm.train import Program, TrainState
@@ -61,6 +62,8 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
     primary = jax.process_index() == 0
     say = _say if primary else _silent
     say(_describe(prog))
+    for line in placement.lines(prog):
+        say(line)
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)

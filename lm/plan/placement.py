@@ -1,0 +1,90 @@
+"""What each device holds of a run's state, and what it holds that another device holds too."""
+
+import math
+from collections import defaultdict
+
+import jax
+
+from lm import sharding, train, trees
+from lm.program import Program
+
+LARGE = 2**20  # bytes on a device above which a copy is named
+
+
+def lines(prog: Program) -> list[str]:
+    """Returns lines for the user: bytes a device by what and by logical axis, and large copies."""
+    state = train.abstract_state(prog)
+    whole = {
+        "parameters": _held(state.params),
+        "optimizer": _held(state.opt_state) + _held(state.ema),
+        "gradients": sum(
+            _bytes(prog, path) for path in prog.shapes
+        ),  # fp32, as the parameters
+    }
+    parts = ", ".join(f"{name} {_size(n)}" for name, n in whole.items())
+    return [f"a device holds: {parts}", *_by_axis(prog), *copies(prog)]
+
+
+def copies(prog: Program) -> list[str]:
+    """Returns a line for each mesh axis along which large parameters are whole, but needn't be.
+
+    Data is left out: its devices are replicas.
+    """
+    mesh = prog.layout.mesh.shape
+    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for path, spec in prog.specs.items():
+        used = {a for entry in spec for a in sharding.names(entry)}
+        for axis, n in mesh.items():
+            if n == 1 or axis in used or axis in prog.layout.rules.replica:
+                continue
+            if (size := _bytes(prog, path)) > LARGE and _could_split(prog, path, n):
+                found[axis].append((size, path))
+    return [
+        f"copied along {axis} {mesh[axis]}: {_size(sum(n for n, _ in some))} a device, "
+        + ", ".join(f"{path} {_size(n)}" for n, path in sorted(some, reverse=True))
+        + "; mesh.fsdp splits them"
+        for axis, some in found.items()
+    ]
+
+
+def _by_axis(prog: Program) -> list[str]:
+    """Returns one line: bytes of the parameters by the logical axes that split them."""
+    groups: dict[str, int] = defaultdict(int)
+    for path, spec in prog.specs.items():
+        axes = prog.axes[path]
+        split = [a for a, entry in zip(axes, spec, strict=True) if entry is not None]
+        groups[" x ".join(split) or "whole"] += _bytes(prog, path)
+    ordered = sorted(groups.items(), key=lambda item: -item[1])
+    if list(groups) == ["whole"]:
+        return []
+    return ["  split over " + ", ".join(f"{k}: {_size(n)}" for k, n in ordered)]
+
+
+def _could_split(prog: Program, path: str, n: int) -> bool:
+    shape = _local(prog, path)
+    return any(size % n == 0 for size in shape)
+
+
+def _local(prog: Program, path: str) -> tuple[int, ...]:
+    place = prog.sharding(prog.specs[path])
+    return place.shard_shape(prog.shapes[path].shape)
+
+
+def _bytes(prog: Program, path: str) -> int:
+    return math.prod(_local(prog, path)) * 4
+
+
+def _held(tree: object) -> int:
+    """Bytes of a device's shards of an abstract tree."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB"

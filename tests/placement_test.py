@@ -1,0 +1,40 @@
+"""What a run says of the bytes on a device is what lies there."""
+
+import jax
+import pytest
+import toy
+
+from lm import train
+from lm.plan import placement
+
+MESHES = {
+    "fsdp x tensor": ["mesh.fsdp=4", "mesh.tensor=2"],
+    "pipe x data, zero1": ["mesh.pipe=2", "mesh.data=4", "mesh.zero1=true", "pipeline.microbatches=2"],
+    "seq": ["mesh.seq=8", "mesh.data=1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_bytes_said_are_those_on_a_device(mesh):
+    prog = toy.program(*MESHES[mesh], "optim.algorithm=AdamW")
+    state = toy.start(prog)
+    device = jax.devices()[0]
+
+    def there(tree):
+        shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+        return sum(s.data.nbytes for s in shards if s.device == device)
+
+    assert placement._held(train.abstract_state(prog).params) == there(state.params)
+    line = placement.lines(prog)[0]
+    assert f"parameters {placement._size(there(state.params))}," in line
+    assert f"optimizer {placement._size(there(state.opt_state))}," in line
+
+
+def test_large_copies_are_named_with_their_axis():
+    wide = ["model.dim=512", "model.ffn.hidden=1024", "model.layers=2"]
+    (line,) = placement.copies(toy.program(*wide, "mesh.seq=8", "mesh.data=1"))
+    assert line.startswith("copied along seq 8: ")
+    assert "layers/ffn/up_df 4.19 MB" in line
+    assert "norm" not in line
+    assert not placement.copies(toy.program(*wide, "mesh.data=8"))
+    assert not placement.copies(toy.program(*wide, "mesh.fsdp=8"))
