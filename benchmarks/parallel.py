@@ -1,4 +1,4 @@
-"""Pipelines and meshes on emulated devices: bubble, memory, compile time, and a smoke check of speed.
+"""Pipelines and meshes on emulated devices: bubble, memory, compile time, and step time.
 
 `python -m benchmarks.parallel [--quick]`. The schedules' tables against theory, the temporary
 memory and the compile time of their programs (no cache), and the CPU time of a step on eight
@@ -83,7 +83,8 @@ def schedules(microbatches: tuple[int, ...]) -> list[str]:
     from lm import gradients
 
     lines = [
-        "| schedule, P=4 | M | ticks | bubble | theory | inputs kept | temporaries, MB | compile, CPU s |",
+        "| schedule, P=4 | M | ticks | bubble | theory | inputs kept | temporaries, MB "
+        "| compile, CPU s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, sets in SCHEDULES.items():

@@ -61,9 +61,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
     prog = train.program(experiment, sharding.make_layout(experiment.mesh))
     primary = jax.process_index() == 0
     say = _say if primary else _silent
-    say(_describe(prog))
-    for line in placement.lines(prog):
-        say(line)
+    say("\n".join([_describe(prog), *placement.lines(prog)]))
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)

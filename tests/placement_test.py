@@ -9,7 +9,9 @@ from lm.plan import placement
 
 MESHES = {
     "fsdp x tensor": ["mesh.fsdp=4", "mesh.tensor=2"],
-    "pipe x data, zero1": ["mesh.pipe=2", "mesh.data=4", "mesh.zero1=true", "pipeline.microbatches=2"],
+    "pipe x data, zero1": [
+        "mesh.pipe=2", "mesh.data=4", "mesh.zero1=true", "pipeline.microbatches=2",
+    ],
     "seq": ["mesh.seq=8", "mesh.data=1"],
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import jax
 
-from lm import sharding, train, trees
+from lm import sharding, train
 from lm.program import Program
 
 LARGE = 2**20  # bytes on a device above which a copy is named
