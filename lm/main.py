@@ -131,8 +131,11 @@ def _configure(experiment: Experiment) -> None:
     logging.set_verbosity(logging.WARNING)
     flax.config.update("nnx_graph_mode", False)
     flax.config.update("nnx_graph_updates", False)
-    cache = experiment.train.compilation_cache or "~/.cache/lm/jax"
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    # An executable for several CPU devices that comes from the cache has lost the order of its
+    # collectives, which then wait for each other for ever (jaxlib 0.10.2 and 0.12.0).
+    if (_CPUS.value or 1) == 1:
+        cache = experiment.train.compilation_cache or "~/.cache/lm/jax"
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if experiment.train.deterministic:
         flag = " --xla_gpu_deterministic_ops=true"

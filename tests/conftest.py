@@ -48,6 +48,25 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if not on_gpu:
+        _keep_programs_of_several_devices_out_of_the_cache()
+
+
+def _keep_programs_of_several_devices_out_of_the_cache() -> None:
+    """On CPU an executable from the cache has lost the order of its collectives.
+
+    Two of them that wait for nothing else then run at once, on each device in an order of its
+    own, and are mistaken for each other or wait for ever (jaxlib 0.10.2 and 0.12.0).
+    """
+    from jax._src import compilation_cache
+
+    put = compilation_cache.put_executable_and_time
+
+    def put_of_one_device(key, name, executable, *rest):
+        if len(executable.local_devices()) == 1:
+            put(key, name, executable, *rest)
+
+    compilation_cache.put_executable_and_time = put_of_one_device
 
 
 def _flags(version: tuple[int, ...]) -> list[str]:
