@@ -11,7 +11,7 @@ import pytest
 import reference
 import toy
 
-from lm import experiment, sharding, train
+from lm import experiment, gradients, sharding, train
 from lm.models.transformer import Transformer
 from lm.nn.layers import dropout, dropout_keys
 
@@ -211,9 +211,7 @@ def gradient(*sets):
     params, batch = toy.start(prog, noise=0.1).params, toy.place(prog, toy.batch())
 
     def f(params, batch):
-        return train.gradients(
-            prog, params, batch, jnp.int32(0), batch["weights"].sum()
-        )
+        return gradients.of(prog, params, batch, jnp.int32(0), batch["weights"].sum())
 
     with sharding.use(prog.layout):
         compiled = jax.jit(f).lower(params, batch).compile()

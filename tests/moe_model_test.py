@@ -17,7 +17,7 @@ import reference
 import runs
 import toy
 
-from lm import log, loop, matrices, optim, sharding, train
+from lm import gradients, log, loop, matrices, optim, sharding, train
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
 from lm.nn.moe import Moe
@@ -202,7 +202,7 @@ def test_accelerators_get_the_ragged_all_to_all(platform):
     prog = dataclasses.replace(prog, layout=there)
 
     def step(params, batch):
-        return train.gradients(prog, params, batch, jnp.int32(0), jnp.float32(1))
+        return gradients.of(prog, params, batch, jnp.int32(0), jnp.float32(1))
 
     with sharding.use(there):
         state, batch = train.abstract_state(prog), toy.place(prog, toy.batch())

@@ -17,7 +17,7 @@ import toy
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from lm import objectives, sharding, train
+from lm import gradients, objectives, sharding, train
 from lm.nn import attend, blockwise, ring
 from lm.nn.blockwise import Mask, Tokens
 
@@ -56,7 +56,7 @@ def arrays():
     return [rng.standard_normal(s).astype(np.float32) for s in (q, kv, kv, q, lse)]
 
 
-def gradients(f, q, k, v, g, g_lse, *ids):
+def outputs_and_gradients(f, q, k, v, g, g_lse, *ids):
     """Returns out, lse, dq, dk, dv of f(q, k, v, tokens) -> (out, lse)."""
     out, vjp = jax.vjp(lambda *a: f(*a, Tokens(*ids)), q, k, v)
     return *out, *vjp((g, g_lse))
@@ -223,7 +223,7 @@ def of_a_long_row(C, *sets):
     )  # fmt: skip
 
     def run(params, batch):
-        return train.gradients(prog, params, batch, jnp.int32(0), jnp.float32(LONG))
+        return gradients.of(prog, params, batch, jnp.int32(0), jnp.float32(LONG))
 
     batch = toy.place(prog, toy.batch(rows=1, length=LONG))
     with pytest.MonkeyPatch.context() as patch, sharding.use(prog.layout):
