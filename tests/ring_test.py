@@ -68,7 +68,7 @@ def formula(name, packed=True):
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         f = lambda q, k, v, t: reference.attention(mask, q, k, v, t, t)  # noqa: E731
         wide = [x.astype(np.float64) for x in arrays()]
-        run = jax.jit(functools.partial(gradients, f))
+        run = jax.jit(functools.partial(outputs_and_gradients, f))
         return [np.asarray(x) for x in run(*wide, *ids(packed))]
 
 
@@ -96,7 +96,7 @@ def shared(how, mask, block):
     def f(q, k, v, tokens):
         return ring.attention(how, mask, block, q, k, v, tokens, tokens)
 
-    return functools.partial(gradients, f)
+    return functools.partial(outputs_and_gradients, f)
 
 
 def placed(on, lead=()):
