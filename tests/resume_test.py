@@ -127,9 +127,10 @@ def test_resumed_on_another_mesh_and_back_the_losses_agree(copied, whole):
     "mesh",
     [
         {"mesh.fsdp": 4, "mesh.tensor": 2, "mesh.zero1": "true"},
+        {"mesh.pipe": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "pipeline.microbatches": 2},
         {"mesh.seq": 4, "mesh.fsdp": 2, "model.attention.context": "ring"},
     ],
-    ids=["fsdp", "seq"],
+    ids=["fsdp", "pipe", "seq"],
 )
 def test_the_next_ten_losses_on_a_mesh_agree(mesh, tmp_path):
     long = {"train.steps": 16, "checkpoint.every": 0}
@@ -147,9 +148,15 @@ def test_every_mesh_saves_the_same_digests_and_examples(tmp_path):
     """Initialisation and its checkpoint know no mesh: a step of rate 0 shows them."""
     found = []
     for k, mesh in enumerate(
-        ({}, {"mesh.data": 4, "mesh.tensor": 2}, {"mesh.fsdp": 4}, {"mesh.seq": 4})
+        (
+            {},
+            {"mesh.data": 4, "mesh.tensor": 2},
+            {"mesh.pipe": 2, "mesh.fsdp": 2, "pipeline.microbatches": 2},
+            {"mesh.seq": 4},
+        )
     ):
         changed = {**mesh, "train.steps": 1, "optim.learning_rate": 0.0}
+        changed["model.layers"] = 3  # which two stages do not divide
         changed |= {"optim.weight_decay": 0.0, "optim.schedule.warmup": 0}
         assert runs.small(tmp_path / str(k), changed).code == loop.DONE
         every = runs.digests(tmp_path / str(k), 1)
