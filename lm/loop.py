@@ -27,6 +27,7 @@ from lm.data import loader
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.log import Log, due
+from lm.lookout import Lookout
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
 from lm.train import Program, TrainState
@@ -49,7 +50,9 @@ class Position:
         )
 
 
-def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
+def run(
+    experiment: Experiment, workdir: str, watch: Stopwatch, lookout: Lookout
+) -> int:
     """Trains in `workdir`, from where its checkpoints end; returns the exit code.
 
     Raises:
@@ -81,13 +84,14 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
         if primary:
             _write_config(experiment, workdir)
         stack.enter_context((stop := Stop()).listening())
-        step = Step(prog, terminal)
+        step = Step(prog, terminal, lookout)
         scores = Scores(prog, held_out, writer, terminal)
         log = Log(prog, writer, terminal, position.tokens)
         batches = _batches(prog, stores, position)
         stopped = False
         while position.step < steps and not stopped:
-            state, result = step(state, next(batches))
+            batch = next(batches)
+            state, result = step(position.step + 1, state, batch)
             position = position.after(experiment.train.batch_at(position.step))
             log.add(position.step, result)
             if position.step == first + 1:
@@ -96,10 +100,12 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
             last = stopped or position.step == steps
             if not stopped and (last or due(position.step, experiment.eval.every)):
                 log.arrive()
+                lookout.rest()
                 scores.write(state, position.step)
                 log.restart()
             if last or due(position.step, experiment.checkpoint.every):
                 log.arrive()
+                lookout.rest()
                 position = dataclasses.replace(position, tokens=log.tokens)
                 _save(checkpoints, prog, state, position, coder)
                 writer.flush()
@@ -125,16 +131,18 @@ def _report_start(
 class Step:
     """The train step, compiled for each batch size of the run when it first comes."""
 
-    def __init__(self, prog: Program, terminal: Terminal):
-        self._terminal = terminal
+    def __init__(self, prog: Program, terminal: Terminal, lookout: Lookout):
+        self._terminal, self._lookout = terminal, lookout
         self._step = train.make_train_step(prog)
         self._compiled: dict[int, Callable[..., Any]] = {}
 
     def __call__(
-        self, state: TrainState, batch: dict[str, jax.Array]
+        self, number: int, state: TrainState, batch: dict[str, jax.Array]
     ) -> tuple[TrainState, Any]:
         size = batch["tokens"].shape[0]
+        self._lookout.enter(number)
         if size not in self._compiled:
+            self._lookout.rest()  # compilation, and the first run of a program, may be slow
             self._terminal.status("compiling")
             self._compiled[size] = self._step.lower(state, batch).compile()
             self._terminal.status("training")
