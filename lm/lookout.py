@@ -18,12 +18,14 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 from jax._src import distributed  # the only way to the service's keys
 
 from lm import hosts
+from lm.config import ConfigError
 
 STACKS = "stacks"  # in a work directory
 _GRACE = 5.0  # seconds for the others to find an error of all by themselves
@@ -136,6 +138,32 @@ class Lookout:
                 pass
             self._abort.close()
 
+    def agree(self, experiment: Mapping[str, Any]) -> None:
+        """Checks that this process was started with the experiment of process 0.
+
+        Raises:
+            ConfigError: it was not; the text names the fields.
+        """
+        if not self.several:
+            return
+        mine = {path: repr(value) for path, value in experiment.items()}
+        if self._me == 0:
+            _client().key_value_set(f"{_BOARD}/experiment", json.dumps(mine))
+            return
+        while not (found := _wait_for(f"{_BOARD}/experiment", 1)):
+            pass  # `_guard` ends this if process 0 is lost
+        first = json.loads(found)
+        differ = [
+            f"{path} is {mine.get(path)} here, {first.get(path)} in process 0"
+            for path in {**first, **mine}
+            if mine.get(path) != first.get(path)
+        ]
+        if differ:
+            raise ConfigError(
+                f"process {self._me} was started with another experiment: "
+                f"{'; '.join(differ[:5])}; start all with the same options"
+            )
+
     def explain(self) -> None:
         """Waits until an error that another process may have caused is explained.
 
@@ -190,7 +218,8 @@ class Lookout:
                 said = ""
                 if failures > 2:
                     cause = str(error).partition("\n")[0].partition(":")[0]
-                    return self._without_first(f"is gone ({cause})")
+                    self._without_first(f"is gone ({cause})")
+                    return
                 time.sleep(0.3)
             if said == "done":
                 self._over.set()
@@ -205,12 +234,12 @@ class Lookout:
 
         jax notices in the same way, and its abort is held up for seconds.
         """
-        host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+        address = distributed.global_state.coordinator_address or ""
+        host, _, port = address.rpartition(":")
+        where = (host.strip("[]"), int(port))
         while self._me and not self._over.is_set():
             try:
-                with socket.create_connection(
-                    (host.strip("[]"), int(port)), 10
-                ) as held:
+                with socket.create_connection(where, timeout=10) as held:
                     held.settimeout(None)
                     while held.recv(4096):  # the service's greeting; later, it hangs up
                         pass

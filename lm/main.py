@@ -97,6 +97,7 @@ def _run() -> int:
     lookout = Lookout(_workdir(), experiment.train.heartbeat_seconds)
     try:
         with lookout:
+            lookout.agree(config.flatten(experiment))
             return modes[_MODE.value](experiment, _workdir(), lookout)
     except Exception as error:
         if lookout.several:
