@@ -71,7 +71,8 @@ class _Steps:
         """Returns the seconds since the last step began, if that is too long, else 0."""
         since = self._since
         passed = 0.0 if since is None else time.monotonic() - since
-        return passed if passed > max(self._seconds, 10 * self._longest) else 0.0
+        # Twice: a process that is silent is found to be so first.
+        return passed if passed > max(2 * self._seconds, 10 * self._longest) else 0.0
 
 
 class Lookout:
@@ -80,12 +81,12 @@ class Lookout:
     Used as a context manager around all work of several processes. Alone it does nothing.
 
     A process is lost when it gives no sign of life for `seconds` (it was killed or
-    stopped, its host or the network is down), when it failed, or when it stays behind
-    while steps should advance: none for `seconds`, or for ten times the longest so far.
+    stopped, its host or the network is down), when it failed, or when it stays behind while
+    steps should advance: none for twice `seconds` and ten times the longest so far.
 
     Args:
         workdir: where `stacks/process-N.txt` goes.
-        seconds: without a sign of life or a step.
+        seconds: without a sign of life.
     """
 
     def __init__(self, workdir: str, seconds: float):

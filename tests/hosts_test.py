@@ -19,6 +19,7 @@ LONG = {
     "optim.schedule": "Constant",
     "train.heartbeat_seconds": 4,
 }
+FLOW = {"pipeline.microbatches": 2}
 # Sums over processes add in another order than sums within one; losses in float32.
 ROUNDING = 1e-5
 
@@ -114,7 +115,7 @@ def test_a_lost_process_ends_the_others(tmp_path, who, number, said):
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"),
     [
-        (4, 2, {"mesh.pipe": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
+        (4, 2, {"mesh.pipe": 2, "mesh.fsdp": 2, "mesh.tensor": 2, **FLOW}),
         (2, 4, {"mesh.data": 2, "mesh.seq": 2, "mesh.expert": 2, "model.ffn": "Moe"}),
     ],
     ids=("pipe-fsdp-tensor", "data-seq-expert"),
@@ -229,7 +230,7 @@ def test_a_failure_is_passed_on_after_a_while_and_all_end_together():
 
 def test_steps_may_take_ten_times_the_longest_so_far():
     with three() as (_, clock, _, _):
-        steps = lookout._Steps(10)
+        steps = lookout._Steps(10)  # and at least twice ten seconds
         clock.return_value += 1000
         assert not steps.still()  # before the first
         for number in range(3):  # three seconds each
