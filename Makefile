@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-.PHONY: help setup train test check lint types bench bench-gpu bench-parallel mesh-matrix golden docs clean
+.PHONY: help setup train test test-slow check lint types bench bench-gpu bench-parallel mesh-matrix golden docs clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ train: setup  ## train experiments/shakespeare.py in runs/shakespeare
 
 test: setup  ## run the test suite on 8 emulated CPU devices
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist=worksteal $(ARGS)
+
+test-slow: setup  ## the tests that take over half a minute each
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 check: lint types test  ## what CI runs: lint, types, tests, golden files among them
 

@@ -36,8 +36,14 @@ class Train:
         ""  # where compiled programs are kept; "" for ~/.cache/lm/jax
     )
 
+    heartbeat_seconds: int = 100  # without a sign of life a process counts as lost
+    connect_seconds: int = 300  # for several processes to find each other
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every"):
+        for name in (
+            *("steps", "batch_size", "accumulate", "log_every"),
+            *("heartbeat_seconds", "connect_seconds"),
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"train.{name}={getattr(self, name)}: expected 1 or more"

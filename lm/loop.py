@@ -27,6 +27,7 @@ from lm.data import loader
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.log import Log, due
+from lm.lookout import Lookout
 from lm.plan import placement
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
@@ -50,7 +51,7 @@ class Position:
         )
 
 
-def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
+def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) -> int:
     """Trains in `workdir`, from where its checkpoints end; returns the exit code.
 
     Raises:
@@ -82,13 +83,13 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
         if primary:
             _write_config(experiment, workdir)
         stack.enter_context((stop := Stop()).listening())
-        step = Step(prog, terminal)
-        scores = Scores(prog, held_out, writer, terminal)
+        step = Step(prog, terminal, guard)
+        scores = Scores(prog, held_out, writer, terminal, guard)
         log = Log(prog, writer, terminal, position.tokens)
         batches = _batches(prog, stores, position)
         stopped = False
         while position.step < steps and not stopped:
-            state, result = step(state, next(batches))
+            state, result = step(position.step + 1, state, next(batches))
             position = position.after(experiment.train.batch_at(position.step))
             log.add(position.step, result)
             if position.step == first + 1:
@@ -101,6 +102,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch) -> int:
                 log.restart()
             if last or due(position.step, experiment.checkpoint.every):
                 log.arrive()
+                guard.rest()
                 position = dataclasses.replace(position, tokens=log.tokens)
                 _save(checkpoints, prog, state, position, coder)
                 writer.flush()
@@ -126,16 +128,18 @@ def _report_start(
 class Step:
     """The train step, compiled for each batch size of the run when it first comes."""
 
-    def __init__(self, prog: Program, terminal: Terminal):
-        self._terminal = terminal
+    def __init__(self, prog: Program, terminal: Terminal, guard: Lookout):
+        self._terminal, self._guard = terminal, guard
         self._step = train.make_train_step(prog)
         self._compiled: dict[int, Callable[..., Any]] = {}
 
     def __call__(
-        self, state: TrainState, batch: dict[str, jax.Array]
+        self, number: int, state: TrainState, batch: dict[str, jax.Array]
     ) -> tuple[TrainState, Any]:
         size = batch["tokens"].shape[0]
+        self._guard.enter(number)
         if size not in self._compiled:
+            self._guard.rest()  # compilation, and the first run of a program, may be slow
             self._terminal.status("compiling")
             self._compiled[size] = self._step.lower(state, batch).compile()
             self._terminal.status("training")
@@ -151,13 +155,15 @@ class Scores:
         stores: dict[str, list[loader.Store]],
         writer: metrics.Writer,
         terminal: Terminal,
+        guard: Lookout,
     ):
-        self._prog, self._stores = prog, stores
+        self._prog, self._stores, self._guard = prog, stores, guard
         self._writer, self._terminal = writer, terminal
         self._step = train.make_eval_step(prog)
 
     def write(self, state: TrainState, step: int) -> None:
         """Writes one record for each set."""
+        self._guard.rest()
         chosen = self._prog.experiment.eval
         weights = train.evaluated(self._prog, state)
         for one in chosen.sets:

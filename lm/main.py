@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from lm import heap
@@ -17,16 +18,17 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from etils import epath  # noqa: E402
 
-from lm import checkpoint, config, evaluate, generate, loop, sharding, train  # noqa: E402
+from lm import checkpoint, config, evaluate, generate, hosts, loop, sharding, train  # noqa: E402
 from lm import experiment as experiments  # noqa: E402
 from lm.config import ConfigError  # noqa: E402
 from lm.data import loader, tokenizer  # noqa: E402
 from lm.experiment import Experiment  # noqa: E402
+from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
+from lm.lookout import Lookout  # noqa: E402
 
 WATCH.mark("imports")
 
-FAILED, WRONG_USE = 1, 2  # exit codes, besides loop.DONE and loop.PREEMPTED
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 MODES = ("train", "eval", "generate", "prepare")
 
@@ -59,18 +61,24 @@ def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise ConfigError(f"unexpected argument {argv[1]!r}; options begin with --")
         sys.exit(_run())
-    except ConfigError as error:
-        print(f"lm: {error}", file=sys.stderr)
-        sys.exit(WRONG_USE)
-    except (RunError, checkpoint.CheckpointError) as error:
-        print(f"lm: {error}", file=sys.stderr)
-        sys.exit(FAILED)
-    except OSError as error:
-        if error.filename is None and error.errno not in DISK:
+    except (ConfigError, RunError, checkpoint.CheckpointError, OSError) as error:
+        code, line = _told(error)
+        if not line:
             raise
+        print(f"lm: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Returns the exit code and the line for an error; no line for one of the program."""
+    if isinstance(error, ConfigError):
+        return WRONG_USE, str(error)
+    if isinstance(error, RunError | checkpoint.CheckpointError):
+        return FAILED, str(error)
+    if isinstance(error, OSError) and (error.filename or error.errno in DISK):
         where = error.filename or f"a file of the run in {_workdir()}"
-        print(f"lm: {where}: {error.strerror}", file=sys.stderr)
-        sys.exit(FAILED)
+        return FAILED, f"{where}: {error.strerror}"
+    return FAILED, ""
 
 
 def _run() -> int:
@@ -79,13 +87,36 @@ def _run() -> int:
         raise ConfigError(
             f"--mode={_MODE.value}: expected one of {', '.join(MODES)}{hint}"
         )
+    hosts.check(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     experiment, base = _resolve()
     if _PRINT.value:
         _print_config(experiment, base)
         return loop.DONE
     _configure(experiment)
     modes = {"train": _train, "eval": _eval, "generate": _generate, "prepare": _prepare}
-    return modes[_MODE.value](experiment, _workdir())
+    lookout = Lookout(_workdir(), experiment.train.heartbeat_seconds)
+    try:
+        with lookout:
+            lookout.agree(config.flatten(experiment))
+            return modes[_MODE.value](experiment, _workdir(), lookout)
+    except Exception as error:
+        if lookout.several:
+            _fail_together(lookout, error)
+        raise
+
+
+def _fail_together(lookout: Lookout, error: Exception) -> None:
+    """Ends one of several processes; jax would wait at the exit for the others."""
+    code, line = _told(error)
+    if not isinstance(error, ConfigError | RunError):
+        lookout.explain()
+    if not line:
+        traceback.print_exception(error)
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"lm: {line}", file=sys.stderr, flush=True)
+    lookout.fail(line)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _workdir() -> str:
@@ -149,14 +180,12 @@ def _configure(experiment: Experiment) -> None:
         # Programs in flight together on CPU devices may meet in collectives of different
         # programs, and wait for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if _COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif _COORDINATOR.value:
-        if _PROCESSES.value is None or _PROCESS.value is None:
-            raise ConfigError(
-                "--coordinator=HOST:PORT needs --processes=N and --process_id=I"
-            )
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _COORDINATOR.value:
+        hosts.connect(
+            *(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
+            wait=experiment.train.connect_seconds,
+            heartbeat=experiment.train.heartbeat_seconds,
+        )
     if experiment.train.require_accelerator and jax.default_backend() == "cpu":
         raise ConfigError(
             "train.require_accelerator: jax found only a CPU; install the cuda or tpu extra and "
@@ -164,12 +193,12 @@ def _configure(experiment: Experiment) -> None:
         )
 
 
-def _train(experiment: Experiment, workdir: str) -> int:
-    return loop.run(experiment, workdir, WATCH)
+def _train(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    return loop.run(experiment, workdir, WATCH, lookout)
 
 
-def _prepare(experiment: Experiment, workdir: str) -> int:
-    del workdir
+def _prepare(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    del workdir, lookout
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
     parts = {
         "train": loader.stores(experiment.data, coder),
@@ -201,7 +230,8 @@ def _restored(
     return prog, params, tokenizer.from_files(found.files), found.step
 
 
-def _eval(experiment: Experiment, workdir: str) -> int:
+def _eval(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    del lookout
     prog, params, coder, step = _restored(experiment, workdir)
     eval_step = train.make_eval_step(prog)
     parts = evaluate.stores(experiment, coder)
@@ -214,7 +244,8 @@ def _eval(experiment: Experiment, workdir: str) -> int:
     return loop.DONE
 
 
-def _generate(experiment: Experiment, workdir: str) -> int:
+def _generate(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    del lookout
     prompts = _PROMPT.value or list(experiment.generate.prompts) or [""]
     prog, params, coder, _ = _restored(experiment, workdir)
     texts = generate.texts(prog, params, coder, prompts, experiment.generate, _say)

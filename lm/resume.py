@@ -41,6 +41,8 @@ QUIET = (
     "generate.*",
     "train.log_every",
     "train.compilation_cache",
+    "train.heartbeat_seconds",
+    "train.connect_seconds",
     "devices",
 )
 

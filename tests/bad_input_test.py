@@ -114,6 +114,9 @@ def test_wrong_use_is_told_in_one_line_and_leaves_nothing(tmp_path, case):
     assert not contents(tmp_path)
 
 
+TOGETHER = ["--experiment=tiny", "--processes=2"]
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -126,6 +129,18 @@ def test_wrong_use_is_told_in_one_line_and_leaves_nothing(tmp_path, case):
         (["--experiment=tiny", "--step=two"], ["--step=two"]),
         (["--mode=eval", "--workdir=/nowhere"], ["/nowhere", "nothing was trained"]),
         (["--experiment=tiny", "--coordinator=a:1"], ["--processes=N"]),
+        (["--experiment=tiny", "--processes=2"], ["--processes=2", "--coordinator="]),
+        (
+            ["--experiment=tiny", "--coordinator=auto", "--process_id=0"],
+            ["=auto", "drop --process_id=0"],
+        ),
+        ([*TOGETHER, "--coordinator=a", "--process_id=0"], ["=a:", "HOST:PORT"]),
+        ([*TOGETHER, "--coordinator=a:99999", "--process_id=0"], ["a:99999", "65535"]),
+        (
+            [*TOGETHER, "--coordinator=a:1", "--process_id=2"],
+            ["--process_id=2", "0 to 1"],
+        ),
+        ([*TOGETHER, "--coordinator=a:1", "--process_id=-1"], ["--process_id=-1"]),
     ],
     ids=lambda value: (
         "" if isinstance(value, list) and "--" not in str(value) else None

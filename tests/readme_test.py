@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from lm import config, experiment, loop, main
+from lm import config, experiment, hosts, loop, main
 from lm.config import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -103,4 +103,5 @@ def test_the_modes_and_exit_codes_are_those_of_the_program():
         main.FAILED,
         main.WRONG_USE,
         loop.PREEMPTED,
+        hosts.LOST,
     ]
