@@ -60,6 +60,21 @@ def weight(p: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     return reshard(value, used)  # all-gather over fsdp
 
 
+def stored(p: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """Returns the parameter in `dtype` as it is stored: to be joined with others, then gathered.
+
+    A gather of what the product takes has for transpose one reduce-scatter. Of parameters that
+    are gathered first and joined then, XLA for GPUs reduces the whole gradient and slices it.
+    """
+    return p[...].astype(dtype)
+
+
+def gather(w: jax.Array) -> jax.Array:
+    """Returns a weight made of `stored` ones gathered over the axes it is only stored over."""
+    partition = jax.typeof(w).sharding.spec
+    return reshard(w, sharding.gathered(partition))  # all-gather over fsdp
+
+
 def _unmoved(
     axes: Sequence[str], shape: Sequence[int]
 ) -> list[str | tuple[str, ...] | None]:
