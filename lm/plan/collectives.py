@@ -157,7 +157,9 @@ def _times(
             if called in found:
                 before = found[called]
                 total = (
-                    None if before[0] is None or product is None else before[0] + product
+                    None
+                    if before[0] is None or product is None
+                    else before[0] + product
                 )
                 found[called] = total, before[1] or looped or trips is not None
             else:

@@ -17,7 +17,6 @@ from collections.abc import Iterable
 
 from lm import gradients, sharding
 from lm.config import ConfigError
-
 from lm.nn.attend import Case
 from lm.nn.blockwise import Mask
 from lm.nn.moe import Dropless, Moe
@@ -91,7 +90,7 @@ class _Count:
         self.act = rows * self.t * self.model.dim * self.item  # [b, t, D]
         self.passes = _Passes(A, A, A)
         if prog.staged:
-            ticks = {kind: 0 for kind in "FHB"}
+            ticks = dict.fromkeys("FHB", 0)
             for loop in gradients.table(prog).loops:
                 for phase in loop.phases:
                     for kind in phase.kinds:
@@ -99,7 +98,9 @@ class _Count:
             self.passes = _Passes(*(A * ticks[kind] for kind in "FHB"))
         # Layers that one pass runs: a chunk of those on a stage.
         self.layers = prog.places.shape[-1] if prog.staged else self.model.layers
-        self.again = self.model.remat != "none" or prog.staged  # the forward, to go back
+        self.again = (
+            self.model.remat != "none" or prog.staged
+        )  # the forward, to go back
         # Replicas add up on their own where there are microbatches, see `lm.gradients`.
         self.mapped = self.layout.axes("replica") if A * M > 1 or prog.staged else ()
 
@@ -114,7 +115,9 @@ class _Count:
         return Term(what, kind, frozenset(axes), times * sent)
 
     def _split(self, path: str) -> tuple[str, ...]:
-        return tuple(a for entry in self.prog.specs[path] for a in sharding.names(entry))
+        return tuple(
+            a for entry in self.prog.specs[path] for a in sharding.names(entry)
+        )
 
     def _whole(self, path: str, but: tuple[str, ...] = ()) -> float:
         """Entries of a parameter on a device; `but`: gathered over these axes."""
@@ -125,9 +128,15 @@ class _Count:
     def _uses(self, path: str) -> list[tuple[str, float]]:
         """Returns who uses a parameter, and how much of it at a time: rounds have a chunk each."""
         if path.split("/")[0] == STACK:
-            return [("layers", 1 / self.prog.places.shape[1] if self.prog.staged else 1.0)]
+            return [
+                ("layers", 1 / self.prog.places.shape[1] if self.prog.staged else 1.0)
+            ]
         if path == "embed_vd":
-            return [("lookup", 1.0), ("head", 1.0)] if self.model.tied else [("lookup", 1.0)]
+            return (
+                [("lookup", 1.0), ("head", 1.0)]
+                if self.model.tied
+                else [("lookup", 1.0)]
+            )
         return [("head" if path == "head_vd" else "lookup", 1.0)]
 
     def weights(self) -> Iterable[Term]:
@@ -249,7 +258,9 @@ class _Count:
         over, p = self.layout.axes("layers"), self.passes
         inside = set(self.layout.axes("residual")) - set(self.layout.axes("length"))
         act = self.act / math.prod(self.layout.mesh.shape[a] for a in inside)
-        yield self.term("stages", "collective-permute", over, act, p.forward + p.backward)
+        yield self.term(
+            "stages", "collective-permute", over, act, p.forward + p.backward
+        )
         yield self.term("stages: ends", "all-reduce", over, act, p.head + p.backward)
 
     def length(self) -> Iterable[Term]:
@@ -263,7 +274,9 @@ class _Count:
         shared = entries * self.item + 8 * self.b * self.t
         forward = self.passes.forward * self.layers
         back = self.passes.backward * self.layers
-        comes = forward + back + self._repeated({"keys": "keys" in self._formed_again()})
+        comes = (
+            forward + back + self._repeated({"keys": "keys" in self._formed_again()})
+        )
         if self._context() == "ring":
             kind, size = "collective-permute", C - 1
             yield self.term("keys", kind, over, shared * size, comes)
@@ -308,5 +321,3 @@ class _Count:
         p = self.passes
         runs = 2 * (p.forward + p.backward + self.again * p.backward)
         yield self.term("experts", "all-to-all", over, self._routed(), runs * sparse)
-
-
