@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-.PHONY: help setup train test check lint types bench bench-gpu golden docs clean
+.PHONY: help setup train test check lint types bench bench-gpu communication golden docs clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ bench: setup  ## the benchmarks of benchmarks/RESULTS.md that a CPU can run
 
 bench-gpu: setup  ## those that need a GPU
 	@$(BIN)/python -m benchmarks --gpu
+
+communication: setup  ## what a step sends on each mesh, compiled for H100s (EXTRAS=dev,cuda)
+	@JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/communication_test.py
 
 golden: setup  ## write tests/golden anew; look at the difference before you commit it
 	@$(BIN)/python -m pytest -q tests/golden_test.py --update-golden

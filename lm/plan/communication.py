@@ -1,4 +1,4 @@
-"""A train step compiled for devices that need not be here, and what it sends beside what it must."""
+"""A train step compiled for devices that need not be here: what it sends, and what it must."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def ratio(rows: Sequence[Row]) -> float:
 
 
 def table(rows: Sequence[Row], title: str, least: float = 0.005) -> str:
-    """Returns Markdown rows: kinds over axes, and their sum; what is below `least` of it is left out."""
+    """Returns Markdown rows: kinds over axes, of at least a share `least` of all, and the sum."""
     total = sum(r.sent for r in rows)
     lines = []
     for r in rows:
