@@ -1,4 +1,4 @@
-"""Bytes of collectives are read from any way to write one; minimums are formulas, checked by hand."""
+"""Bytes of collectives, however XLA writes them, and the formulas of what must be sent, by hand."""
 
 import functools
 

@@ -183,6 +183,8 @@ def _ordered(calls: dict[str, list[Any]], entry: str) -> list[str]:
 def _calls(lines: list[str], bodies: dict[str, list[str]]) -> Iterator[Any]:
     """Yields what a computation calls: (name, None), or of a loop (name, its trip count)."""
     for line in lines:
+        if re.search(r"-(?:done|update)\(", line):  # of a pair whose start calls it
+            continue
         loop = re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
         if loop:
             yield loop[2], lambda line=line, test=loop[1]: _trips(line, bodies, test)
@@ -253,13 +255,12 @@ def _crossed(groups: Sequence[Sequence[int]], mesh: Any) -> frozenset[str]:
     return frozenset(crossed)
 
 
-def _groups(line: str, devices: int) -> Any:
+def _groups(line: str, devices: int) -> list[list[int]]:
     """The groups of devices of a collective, in any of the ways that XLA writes them."""
     if iota := re.search(r"groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         ids = np.arange(devices).reshape(_ints(iota[2]))
-        return (ids.transpose(_ints(iota[3])) if iota[3] else ids).reshape(
-            _ints(iota[1])
-        )
+        ids = ids.transpose(_ints(iota[3])) if iota[3] else ids
+        return ids.reshape(_ints(iota[1])).tolist()
     named = (
         r"groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
         r" ?\{([^}]*)\}"
@@ -276,7 +277,8 @@ def _groups(line: str, devices: int) -> Any:
             [a for a, _ in axes].index(a) for a in re.findall(r"'(\w+)'", named[4])
         ]
         ids = np.moveaxis(ids, inside, range(-len(inside), 0))
-        return ids.reshape(-1, math.prod(ids.shape[ids.ndim - len(inside) :]))
+        size = math.prod(ids.shape[ids.ndim - len(inside) :])
+        return ids.reshape(-1, size).tolist()
     if listed := re.search(r"(?:groups|pairs)=\{(\{[\d,{} ]+\})\}", line):
         return [_ints(group) for group in re.findall(r"\{([\d, ]+)\}", listed[1])]
     assert "groups={}" in line, f"no groups of devices understood: {line[:400]}"

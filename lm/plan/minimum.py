@@ -101,8 +101,8 @@ class _Count:
         self.again = (
             self.model.remat != "none" or prog.staged
         )  # the forward, to go back
-        # Replicas add up on their own where there are microbatches, see `lm.gradients`.
-        self.mapped = self.layout.axes("replica") if A * M > 1 or prog.staged else ()
+        # Mesh axes whose devices have gradients of their own until the end of the step.
+        self.mapped = self.layout.axes("replica") if gradients.apart(prog) else ()
 
     def term(
         self, what: str, kind: str, axes: tuple[str, ...], operand: float, times: float
@@ -160,8 +160,8 @@ class _Count:
     def gradients(self) -> Iterable[Term]:
         """A gradient is reduced once for each backward over the axes that split tokens: to the
         shares that are stored (a reduce-scatter), or whole; over data only once a step, in fp32,
-        where there are several microbatches. In the dtype of compute, the head's in fp32; of a
-        tied embedding lookup and head have one gradient, the head's.
+        where replicas add up apart (`lm.gradients.apart`). Else in the dtype of compute, the
+        head's in fp32; of a tied embedding lookup and head have one gradient, the head's.
         """
         tokens = self.layout.axes("batch") + self.layout.axes("length")
         for path, axes in self.prog.axes.items():
@@ -196,7 +196,7 @@ class _Count:
         all-gather before. A recomputed layer forms attention's output again, not its last one.
         """
         over = self.layout.axes("mlp")
-        outs = self._repeated({"attention": "attention" in self._formed_again()})
+        outs = self._repeated("attention")
         attention, ffn = self.act, self._routed() or self.act
         split = over and over[0] in self.layout.axes("residual")
         back = self.passes.backward * self.layers
@@ -213,20 +213,17 @@ class _Count:
             times = forward + again + back
             yield self.term("tensor: layers", "all-gather", over, operand, times)
 
-    def _formed_again(self) -> set[str]:
-        """What the backward of a layer forms again that was sent for."""
-        return {
-            "none": set(),
-            "dots": {"keys"},
-            "attention": {"attention"},
-            "full": {"attention", "keys"},
-            "offload": {"attention", "keys"},
+    def _repeated(self, what: str) -> int:
+        """How often a part is formed again, in a recomputed layer or in a stage's backward."""
+        formed = {
+            "none": (),
+            "dots": ("keys",),
+            "attention": ("attention",),
+            "full": ("attention", "keys"),
+            "offload": ("attention", "keys"),
         }[self.model.remat]
-
-    def _repeated(self, which: dict[str, bool]) -> int:
-        """How often a layer's part runs once more: in a recomputed layer, or a stage's backward."""
-        (again,) = which.values()
-        return self.passes.backward * self.layers * (again or self.prog.staged)
+        again = self.prog.staged or what in formed
+        return self.passes.backward * self.layers * again
 
     def head(self) -> Iterable[Term]:
         """The vocabulary is split: a row of the embedding is summed over all who may have it, the
@@ -274,15 +271,15 @@ class _Count:
         shared = entries * self.item + 8 * self.b * self.t
         forward = self.passes.forward * self.layers
         back = self.passes.backward * self.layers
-        comes = (
-            forward + back + self._repeated({"keys": "keys" in self._formed_again()})
-        )
         if self._context() == "ring":
-            kind, size = "collective-permute", C - 1
-            yield self.term("keys", kind, over, shared * size, comes)
-            yield self.term("keys: gradients", kind, over, entries * FP32 * size, back)
+            again = self._repeated("keys")
+            kind, size = "collective-permute", (C - 1) * shared
+            yield self.term("keys", kind, over, size, forward + again + back)
+            grads = (C - 1) * entries * FP32
+            yield self.term("keys: gradients", kind, over, grads, back)
             return
-        yield self.term("keys", "all-gather", over, C * shared, comes)
+        # What is gathered to form attention again serves its backward too.
+        yield self.term("keys", "all-gather", over, C * shared, forward + back)
         grads = C * entries * FP32
         yield self.term("keys: gradients", "reduce-scatter", over, grads, back)
 
