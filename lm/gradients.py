@@ -49,7 +49,7 @@ def of(
     def one(params: Params, batch: objectives.Batch) -> tuple[Sums, Params]:
         if prog.staged:
             return _staged(prog, params, batch, step, count, poison=poison)
-        if A > 1:
+        if apart(prog):  # a pipeline's microbatches, here one
             batch = jax.tree.map(_first, batch)
         (_, sums), grads = jax.value_and_grad(whole, has_aux=True)(params, batch)
         return sums, grads
