@@ -41,7 +41,11 @@ MESHES = {
     "data 8, zero1": ["mesh.data=8", "mesh.zero1=true"],
     "data 8, accumulate 4": ["mesh.data=8", "train.accumulate=4"],
     "fsdp 8": ["mesh.fsdp=8"],
-    "fsdp 8, no remat": ["mesh.fsdp=8", "model.remat=none"],
+    "fsdp 8, no remat, head not tied": [
+        "mesh.fsdp=8",
+        "model.remat=none",
+        "model.tied=false",
+    ],
     "fsdp 8, accumulate 4": ["mesh.fsdp=8", "train.accumulate=4"],
     "fsdp 8, head not tied": ["mesh.fsdp=8", "model.tied=false"],
     "data 2 x fsdp 4": ["mesh.data=2", "mesh.fsdp=4"],
