@@ -11,10 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
-.PHONY: help setup train test test-slow check lint types bench bench-gpu bench-parallel mesh-matrix golden docs clean
+.PHONY: help setup train test test-slow check lint types bench bench-gpu bench-parallel communication \
+        mesh-matrix golden docs clean
 
 help:  ## list what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## make .venv and install everything (PYTHON=, EXTRAS= choose)
 	@:
@@ -72,6 +73,9 @@ mesh-matrix: setup  ## train on every placement of 8 devices; writes docs/mesh-m
 
 bench-gpu: setup  ## those that need a GPU
 	@$(BIN)/python -m benchmarks --gpu
+
+communication: setup  ## what a step sends on each mesh, compiled for H100s (EXTRAS=dev,cuda)
+	@JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/communication_test.py
 
 golden: setup  ## write tests/golden anew; look at the difference before you commit it
 	@$(BIN)/python -m pytest -q tests/golden_test.py --update-golden

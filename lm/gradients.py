@@ -31,7 +31,7 @@ def of(
 ) -> tuple[Sums, Params]:
     """Returns the batch's sums (`loss` divided by `count`) and the gradient of that loss.
 
-    With microbatches the gradients of each data replica add up on their own, in fp32; they are
+    Where `apart`, the gradients of each data replica add up on their own, in fp32; they are
     reduced over data once, by the last sum. `poison` is for tests, see `pipeline.run`.
     """
     A = prog.experiment.train.accumulate
@@ -49,12 +49,12 @@ def of(
     def one(params: Params, batch: objectives.Batch) -> tuple[Sums, Params]:
         if prog.staged:
             return _staged(prog, params, batch, step, count, poison=poison)
-        if A > 1:
+        if apart(prog):  # a pipeline's microbatches, here one
             batch = jax.tree.map(_first, batch)
         (_, sums), grads = jax.value_and_grad(whole, has_aux=True)(params, batch)
         return sums, grads
 
-    if A == 1 and not prog.staged:
+    if not apart(prog):
         return one(params, batch)
     layout = sharding.current()
     R, replica = layout.size("replica"), layout.axes("replica")
@@ -77,6 +77,17 @@ def of(
         grads, sums = jax.lax.scan(add, start, parts)
         sums = jax.tree.map(lambda x: x.sum((0, 1)), sums)
         return sums, jax.tree.map(lambda x: x.sum(0), grads)
+
+
+def apart(prog: Program) -> bool:
+    """Returns whether each data replica has a gradient of its own until the end of the step.
+
+    With microbatches, so that there is one reduction over data; and where devices store shares,
+    so that only shares are reduced over data (else XLA reduces whole gradients over all devices
+    and cuts the shares out of them).
+    """
+    parts = prog.experiment.train.accumulate > 1 or prog.staged
+    return parts or (prog.layout.size("replica") > 1 and prog.layout.size("embed") > 1)
 
 
 def scores(

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.models.stack import enter
 from lm.models.transformer import Transformer
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
@@ -87,7 +87,7 @@ def score(
             z_loss=objective.z_loss,
             smoothing=objective.label_smoothing,
         ),
-        enter(x_BTD),
+        x_BTD,
         model.head()[...],
         batch["targets"],
         batch["weights"],
@@ -139,7 +139,9 @@ def _fwd(head, x, w, targets, weights):
 def _bwd(head, saved, cotangents):
     dx, dw, weights = saved
     g = cotangents[0]
-    return (dx * g).astype(dx.dtype), dw * g, None, jnp.zeros_like(weights)
+    # An all-reduce; XLA adds a tied embedding's other gradient first, and reduces once.
+    dw = (dw * g).sum(0)
+    return (dx * g).astype(dx.dtype), dw, None, jnp.zeros_like(weights)
 
 
 _cross_entropy.defvjp(_fwd, _bwd)
@@ -150,11 +152,13 @@ def _region(head: Head, gradient: bool):
     axes = Axes.of(sharding.current())
     tokens = sharding.spec("batch", "length")
     x_spec, w_spec = (
-        sharding.spec("batch", "length", None),
+        sharding.spec("batch", "residual", None),
         sharding.spec("vocab", "embed"),
     )
     row = sharding.spec("batch")  # one partial sum for each device's rows
-    outs = (row, row, x_spec, w_spec) if gradient else (row, row)
+    lead = axes.rest[0] if len(axes.rest) == 1 else axes.rest or None
+    parts = P(lead, *w_spec)
+    outs = (row, row, x_spec, parts) if gradient else (row, row)
     body = functools.partial(_chunks, head, axes, gradient)
     return manual.region(body, (x_spec, w_spec, tokens, tokens), outs)
 
@@ -167,16 +171,27 @@ class Axes:
     embed: tuple[str, ...]  # split the stored weight's width
     tokens: tuple[str, ...]  # split the tokens
     length: tuple[str, ...]  # of these, those that split a row
+    stream: tuple[str, ...]  # split the row of the residual stream besides
+
+    @property
+    def rest(self) -> tuple[str, ...]:
+        """Mesh axes whose devices each have a part of the weight's gradient."""
+        return tuple(a for a in self.tokens if a not in self.embed)
 
     @classmethod
     def of(cls, layout: sharding.Layout) -> "Axes":
         batch, length = layout.axes("batch"), layout.axes("length")
-        return cls(layout.axes("vocab"), layout.axes("embed"), batch + length, length)
+        stream = tuple(a for a in layout.axes("residual") if a not in length)
+        vocab, embed = layout.axes("vocab"), layout.axes("embed")
+        return cls(vocab, embed, batch + length, length, stream)
 
 
 def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
-    """Loss of one device's tokens: x [b, t, D], w [v, d], targets and weights [b, t]."""
+    """Loss of one device's tokens: x [b, t, D] or a share of t, w [v, d], targets and weights
+    [b, t]."""
     D = x.shape[-1]
+    if axes.stream:
+        x = lax.all_gather(x, axes.stream, axis=1, tiled=True)
     w = w.astype(x.dtype)
     if axes.embed:
         w = lax.all_gather(w, axes.embed, axis=1, tiled=True)
@@ -205,14 +220,13 @@ def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
     if not gradient:
         return loss, nll
     dx = dx[0].reshape(x.shape)
-    if axes.vocab:
-        dx = lax.psum(dx, axes.vocab)
+    if axes.stream:
+        dx = lax.psum_scatter(dx, axes.stream, scatter_dimension=1, tiled=True)
+    if whole := tuple(a for a in axes.vocab if a not in axes.stream):
+        dx = lax.psum(dx, whole)
     if axes.embed:
         dw = lax.psum_scatter(dw, axes.embed, scatter_dimension=1, tiled=True)
-    rest = tuple(a for a in axes.tokens if a not in axes.embed)
-    if rest:
-        dw = lax.psum(dw, rest)
-    return loss, nll, dx, dw
+    return loss, nll, dx, dw[None]
 
 
 def _one_chunk(

@@ -29,7 +29,7 @@ from lm.nn.layers import (
     rope_tables,
 )
 from lm.nn.moe import Moe
-from lm.nn.param import param, weight
+from lm.nn.param import param, rows, weight
 
 
 class Transformer(nnx.Module):
@@ -239,9 +239,8 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         out = sharding.spec("batch", "length", None)
-        table_vd = weight(self.embed_vd, self.dtype)
-        x_BTD = table_vd.at[tokens_BT].get(
-            out_sharding=out
+        x_BTD = rows(
+            self.embed_vd, self.dtype, tokens_BT, out, self.config.tied
         )  # reduce over the vocabulary's shards
         if isinstance(self.config.positions, Learned):
             table_pd = weight(self.position_pd, self.dtype)

@@ -20,7 +20,7 @@ from lm.config import ConfigError
 from lm.nn import attend
 from lm.nn.blockwise import Mask
 from lm.nn.layers import RmsNorm, Side, rotate
-from lm.nn.param import einsum, param, weight
+from lm.nn.param import einsum, gather, param, stored, weight
 
 
 class Attention(nnx.Module):
@@ -131,15 +131,17 @@ class Attention(nnx.Module):
         reduces the gradient of x over tensor once."""
         dtype = x_BTD.dtype
         K, G = self._groups()
-        over = sharding.spec(None, "kv_heads", None, None)
-        q_dkgh = weight(self.query_dnh, dtype).reshape(
+        whole = self.kv_heads != K  # before kv heads repeat
+        read = weight if whole else stored
+        over = sharding.spec(None if whole else "embed", "kv_heads", None, None)
+        q_dkgh = read(self.query_dnh, dtype).reshape(
             -1, K, G, self.head_dim, out_sharding=over
         )
         k_dkgh, v_dkgh = (
-            self._repeat(weight(w, dtype), K)[:, :, None]
+            self._repeat(read(w, dtype), K)[:, :, None]
             for w in (self.key_dkh, self.value_dkh)
         )
-        w_dkgh = jnp.concatenate([q_dkgh, k_dkgh, v_dkgh], axis=2)
+        w_dkgh = gather(jnp.concatenate([q_dkgh, k_dkgh, v_dkgh], axis=2))
         qkv = einsum("btd,dkgh->btkgh", x_BTD, w_dkgh)
         if self.config.bias:
             q_bias = self.query_bias_nh[...].astype(dtype)
@@ -165,10 +167,11 @@ class Attention(nnx.Module):
 
     def _output(self, y_BTKGH: Array) -> Array:
         K, G = self._groups()
-        over = sharding.spec("kv_heads", None, None, None)
-        w_kghd = weight(self.out_nhd, y_BTKGH.dtype).reshape(
+        over = sharding.spec("kv_heads", None, None, "embed")
+        w_kghd = stored(self.out_nhd, y_BTKGH.dtype).reshape(
             K, G, self.head_dim, -1, out_sharding=over
         )
+        w_kghd = gather(w_kghd)
         out = sharding.spec("batch", "residual", None)
         y_BTD = einsum("btkgh,kghd->btd", y_BTKGH, w_kghd, out)  # reduce over tensor
         if self.config.out_bias:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lm import sharding
-from lm.nn.param import einsum, param, weight
+from lm.nn.param import einsum, gather, param, stored, weight
 
 
 class Mlp(nnx.Module):
@@ -64,14 +64,14 @@ class Mlp(nnx.Module):
 
     def _hidden(self, x_BTD: Array) -> Array:
         dtype, bias = x_BTD.dtype, self.config.bias
-        up_df = weight(self.up_df, dtype)
         if self.config.activation == "gelu":
-            h = einsum("btd,df->btf", x_BTD, up_df)
+            h = einsum("btd,df->btf", x_BTD, weight(self.up_df, dtype))
             return jax.nn.gelu(
                 h + self.up_bias_f[...].astype(dtype)[None, None] if bias else h
             )
         # One product for gate and up: the gradient of x is reduced over tensor once.
-        w_dcf = jnp.stack([weight(self.gate_df, dtype), up_df], axis=1)
+        parts = [stored(w, dtype) for w in (self.gate_df, self.up_df)]
+        w_dcf = gather(jnp.stack(parts, axis=1))
         h = einsum("btd,dcf->btcf", x_BTD, w_dcf)
         if bias:
             h = (

@@ -20,7 +20,7 @@ from lm.config import ConfigError
 from lm.nn import dispatch, ragged
 from lm.nn.ffn import Mlp
 from lm.nn.layers import Side
-from lm.nn.param import param, weight
+from lm.nn.param import gather, param, stored, weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,12 +198,13 @@ class Moe(nnx.Module):
     def _experts(self, x_ERD: Array) -> Array:
         """Every expert on its buffer; no empty slot becomes anything but 0."""
         dtype = x_ERD.dtype
-        up_edf = weight(self.up_edf, dtype)
         if self.config.activation == "gelu":
+            up_edf = weight(self.up_edf, dtype)
             h_ERF = jax.nn.gelu(jnp.einsum("erd,edf->erf", x_ERD, up_edf))
         else:
             # One product for gate and up: the gradient of x is reduced over tensor once.
-            w_edcf = jnp.stack([weight(self.gate_edf, dtype), up_edf], axis=2)
+            parts = [stored(w, dtype) for w in (self.gate_edf, self.up_edf)]
+            w_edcf = gather(jnp.stack(parts, axis=2))
             h = jnp.einsum("erd,edcf->ercf", x_ERD, w_edcf)
             swiglu = self.config.activation == "swiglu"
             act = jax.nn.silu if swiglu else jax.nn.gelu

@@ -60,6 +60,21 @@ def weight(p: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     return reshard(value, used)  # all-gather over fsdp
 
 
+def stored(p: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """Returns the parameter in `dtype` as it is stored: to be joined with others, then gathered.
+
+    A gather of what the product takes has for transpose one reduce-scatter. Of parameters that
+    are gathered first and joined then, XLA for GPUs reduces the whole gradient and slices it.
+    """
+    return p[...].astype(dtype)
+
+
+def gather(w: jax.Array) -> jax.Array:
+    """Returns a weight made of `stored` ones gathered over the axes it is only stored over."""
+    partition = jax.typeof(w).sharding.spec
+    return reshard(w, sharding.gathered(partition))  # all-gather over fsdp
+
+
 def _unmoved(
     axes: Sequence[str], shape: Sequence[int]
 ) -> list[str | tuple[str, ...] | None]:
@@ -69,6 +84,35 @@ def _unmoved(
         for a, n in zip(axes, shape, strict=True)
     )
     return list(sharding.spec(*(a if a != "kv_heads" or fits else None for a in axes)))
+
+
+def rows(
+    p: nnx.Param, dtype: jnp.dtype, ids: jax.Array, out: P, tied: bool
+) -> jax.Array:
+    """Returns `weight(p, dtype)[ids]`, sharded as `out`.
+
+    Of a `tied` weight, which the head uses too, the gradient adds up in fp32 like the head's, so
+    that XLA adds the two and reduces them over devices once. Not where devices store shares: the
+    head's gradient is in its shares long before this one is known.
+    """
+    partition = jax.typeof(p[...]).sharding.spec
+    if not tied or sharding.gathered(partition) != partition:
+        return weight(p, dtype).at[ids].get(out_sharding=out)
+
+    @jax.custom_vjp
+    def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return table.astype(dtype).at[ids].get(out_sharding=out)
+
+    def forward(table: jax.Array, ids: jax.Array) -> Any:
+        return look_up(table, ids), (table, ids)
+
+    def backward(saved: Any, g: jax.Array) -> Any:
+        table, ids = saved
+        _, vjp = jax.vjp(lambda t: t.at[ids].get(out_sharding=out), table)
+        return *vjp(g.astype(table.dtype)), None
+
+    look_up.defvjp(forward, backward)
+    return look_up(p[...], ids)
 
 
 def einsum(

@@ -138,8 +138,11 @@ def _ring_backward(
 
     own = k, v, Tokens(kv_pos, kv_seg)
     start = send(own), *gradients(own)
-    (_, dq, d_shared), _ = lax.scan(hop, start, length=plan.devices - 1)
-    dk, dv = send(d_shared)  # home
+    (shared, dq, d_shared), _ = lax.scan(hop, start, length=plan.devices - 2)
+    # The last keys and values go no further, their gradient does.
+    sent, (more_dq, more) = _together(send(d_shared), gradients(shared))
+    dk, dv = send(jax.tree.map(jnp.add, sent, more))  # home
+    dq = dq + more_dq
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
