@@ -219,6 +219,7 @@ def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
         loss, nll = lax.psum((loss, nll), axes.length)
     if not gradient:
         return loss, nll
+    assert dw is not None
     dx = dx[0].reshape(x.shape)
     if axes.stream:
         dx = lax.psum_scatter(dx, axes.stream, scatter_dimension=1, tiled=True)
