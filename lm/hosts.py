@@ -158,7 +158,7 @@ def _wait(
 def _missing(address: str, process: int | None) -> str:
     """Says who has not come, as far as this process can know."""
     if process == 0 or not address:
-        return "some of the other processes have not come; start them all"
+        return "some of the others have not come; start all, each with its --process_id"
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
