@@ -21,11 +21,6 @@ pytestmark = pytest.mark.matrix
 ROWS, LENGTH, STEPS = 32, 16, 3
 TIMES, RATE, MOMENTUM = 4.0, 0.1, 0.9
 ULPS = 8.0  # a rounding a layer
-    4.0,
-    2.0,
-    0.1,
-    0.9,
-)  # twice the times: four times the layers
 TABLE = pathlib.Path(__file__).parent.parent / "docs" / "mesh-matrix.md"
 SHAPE = [
     "model.layers=8",
