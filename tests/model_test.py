@@ -211,7 +211,7 @@ def gradient(*sets):
     params, batch = toy.start(prog, noise=0.1).params, toy.place(prog, toy.batch())
 
     def f(params, batch):
-        return train.gradients(
+        return train.gradients.of(
             prog, params, batch, jnp.int32(0), batch["weights"].sum()
         )
 

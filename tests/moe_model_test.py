@@ -200,7 +200,7 @@ def test_accelerators_get_the_ragged_all_to_all(platform):
     prog = dataclasses.replace(prog, layout=there)
 
     def step(params, batch):
-        return train.gradients(prog, params, batch, jnp.int32(0), jnp.float32(1))
+        return train.gradients.of(prog, params, batch, jnp.int32(0), jnp.float32(1))
 
     with sharding.use(there):
         state, batch = train.abstract_state(prog), toy.place(prog, toy.batch())

@@ -223,7 +223,7 @@ def of_a_long_row(C, *sets):
     )  # fmt: skip
 
     def run(params, batch):
-        return train.gradients(prog, params, batch, jnp.int32(0), jnp.float32(LONG))
+        return train.gradients.of(prog, params, batch, jnp.int32(0), jnp.float32(LONG))
 
     batch = toy.place(prog, toy.batch(rows=1, length=LONG))
     with pytest.MonkeyPatch.context() as patch, sharding.use(prog.layout):
