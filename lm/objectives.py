@@ -227,6 +227,7 @@ def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
         dx = lax.psum(dx, whole)
     if axes.embed:
         dw = lax.psum_scatter(dw, axes.embed, scatter_dimension=1, tiled=True)
+    assert dw is not None
     return loss, nll, dx, dw[None]
 
 
