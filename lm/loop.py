@@ -62,7 +62,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
     prog = train.program(experiment, sharding.make_layout(experiment.mesh))
     primary = jax.process_index() == 0
     say = _say if primary else _silent
-    say("\n".join([_describe(prog), *placement.lines(prog)]))
+    say(_describe(prog))
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
@@ -208,6 +208,7 @@ def _start(
             if state.ema is not None:
                 state = dataclasses.replace(state, ema=train.average_of(prog, state))
             say(f"starting from the weights of {source}, step {found.step}")
+        say("\n".join(placement.lines(prog)))
         return state, Position(0, 0, 0)
     stored = checkpoints.read_run()
     resume.same_tokenizer(stored.meta["tokenizer"], coder)
@@ -216,8 +217,8 @@ def _start(
     arrays, found = checkpoints.restore(target)
     state = train.loaded(prog, arrays)
     say(f"resuming from step {found.step} of {experiment.train.steps}")
-    for line in changed:
-        say(f"  changed: {line}")
+    for line in [*(f"  changed: {line}" for line in changed), *placement.lines(prog)]:
+        say(line)
     meta = found.meta
     return state, Position(found.step, meta["examples"], meta["tokens"])
 

@@ -12,7 +12,13 @@ import runs
 
 from lm import checkpoint, loop, main
 
-HEADERS = ("tiny: ", "resuming from ", "started in ", "step ")  # may come before
+HEADERS = (
+    "tiny: ",
+    "resuming from ",
+    "a device holds: ",
+    "started in ",
+    "step ",
+)  # may come before
 
 
 def complaint(result, code):
