@@ -29,6 +29,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm import heap
+
 CHILD = "import sys; from benchmarks import timing; timing.serve(sys.argv[1])"
 
 
@@ -59,6 +61,7 @@ def serve(factory: str) -> None:
     Answers one JSON object a line on the original standard output; what the contestant
     itself prints goes to standard error.
     """
+    heap.keep()  # as lm.main does; for every contestant
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     module, function = factory.split(":")
