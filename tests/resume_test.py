@@ -126,7 +126,10 @@ def test_resumed_on_another_mesh_and_back_the_losses_agree(copied, whole):
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"mesh.fsdp": 4, "mesh.tensor": 2, "mesh.zero1": "true"},
+        pytest.param(
+            {"mesh.fsdp": 4, "mesh.tensor": 2, "mesh.zero1": "true"},
+            marks=pytest.mark.slow,
+        ),
         {"mesh.pipe": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "pipeline.microbatches": 2},
         {"mesh.seq": 4, "mesh.fsdp": 2, "model.attention.context": "ring"},
     ],

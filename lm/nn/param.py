@@ -66,7 +66,9 @@ def stored(p: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     A gather of what the product takes has for transpose one reduce-scatter. Of parameters that
     are gathered first and joined then, XLA for GPUs reduces the whole gradient and slices it.
     """
-    return p[...].astype(dtype)
+    value = p[...].astype(dtype)
+    # Already there, but for sampling with a pipeline: then a gather from the stages.
+    return reshard(value, sharding.storage("weight", value.shape, p.axes))
 
 
 def gather(w: jax.Array) -> jax.Array:
