@@ -80,7 +80,11 @@ def plain(sets):
     ]
 
 
-SLOW = ("interleaved, fsdp", "1f1b, fewer microbatches than stages")
+SLOW = (
+    "interleaved, fsdp",
+    "interleaved, dropless experts, fsdp",
+    "1f1b, fewer microbatches than stages",
+)
 QUICK = [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
 
 
