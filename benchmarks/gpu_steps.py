@@ -72,24 +72,10 @@ def lm(gpt: small.Gpt, sets: list[str]) -> Step:
 
 def torch_loss(gpt: small.Gpt, weights: Any, tokens_BT: Any, target_BT: Any) -> Any:
     """Returns PyTorch's mean cross-entropy, its products in bf16."""
-    import torch.nn.functional as F
+    from benchmarks import torch_gpt
 
-    B, T, D, N, H = gpt.batch, gpt.length, gpt.dim, gpt.heads, gpt.head_dim
     w = {name: a.bfloat16() for name, a in weights.items()}
-    x_BTD = F.embedding(tokens_BT, w["embed"]) + w["positions"]
-    for i in range(gpt.layers):
-        y_BTD = F.layer_norm(x_BTD, (D,), w[f"{i}/norm1"], eps=gpt.norm_eps)
-        qkv = F.linear(y_BTD, w[f"{i}/qkv"]).split(D, -1)
-        q, k, v = (a.view(B, T, N, H).transpose(1, 2) for a in qkv)
-        o_BNTH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        o_BTD = o_BNTH.transpose(1, 2).reshape(B, T, D)
-        x_BTD = x_BTD + F.linear(o_BTD, w[f"{i}/out"])
-        y_BTD = F.layer_norm(x_BTD, (D,), w[f"{i}/norm2"], eps=gpt.norm_eps)
-        h_BTF = F.gelu(F.linear(y_BTD, w[f"{i}/up"]), approximate="tanh")
-        x_BTD = x_BTD + F.linear(h_BTF, w[f"{i}/down"])
-    x_BTD = F.layer_norm(x_BTD, (D,), w["norm"], eps=gpt.norm_eps)
-    logits_MV = F.linear(x_BTD.view(B * T, D), w["embed"]).float()
-    return F.cross_entropy(logits_MV, target_BT.view(-1))
+    return torch_gpt.loss(gpt, w, tokens_BT, target_BT)
 
 
 def torch_step(gpt: small.Gpt, backend: str, toy: bool) -> Step:

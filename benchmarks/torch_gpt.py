@@ -43,7 +43,7 @@ def loss(
         h_BTF = F.gelu(F.linear(y_BTD, w[f"{i}/up"]), approximate="tanh")
         x_BTD = x_BTD + F.linear(h_BTF, w[f"{i}/down"])
     x_BTD = F.layer_norm(x_BTD, (D,), w["norm"], eps=gpt.norm_eps)
-    logits_MV = F.linear(x_BTD.view(B * T, D), w["embed"])
+    logits_MV = F.linear(x_BTD.view(B * T, D), w["embed"]).float()
     return F.cross_entropy(logits_MV, target_BT.view(-1))
 
 

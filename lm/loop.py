@@ -208,7 +208,7 @@ def _start(
             if state.ema is not None:
                 state = dataclasses.replace(state, ema=train.average_of(prog, state))
             say(f"starting from the weights of {source}, step {found.step}")
-        say("\n".join(placement.lines(prog)))
+        say("\n".join(placement.lines(prog, state)))
         return state, Position(0, 0, 0)
     stored = checkpoints.read_run()
     resume.same_tokenizer(stored.meta["tokenizer"], coder)
@@ -217,7 +217,10 @@ def _start(
     arrays, found = checkpoints.restore(target)
     state = train.loaded(prog, arrays)
     say(f"resuming from step {found.step} of {experiment.train.steps}")
-    for line in [*(f"  changed: {line}" for line in changed), *placement.lines(prog)]:
+    for line in [
+        *(f"  changed: {line}" for line in changed),
+        *placement.lines(prog, state),
+    ]:
         say(line)
     meta = found.meta
     return state, Position(found.step, meta["examples"], meta["tokens"])

@@ -279,7 +279,7 @@ def test_bfloat16_compute_keeps_parameters_in_fp32_and_stays_close():
         ({"dim": 100}, ["model.dim=100", "model.heads=6", "model.attention.head_dim"]),
         ({"dim": 30}, ["even head_dim, got 5"]),
         ({"dropout": 1.0}, ["model.dropout=1.0: expected 0 <= dropout < 1"]),
-        ({"layers": 0}, ["model.layers=0: expected 1 or more"]),
+        ({"layers": 0}, ["model.layers=0: expected 1 to 100000"]),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(change, words):

@@ -31,6 +31,8 @@ from lm.nn.layers import (
 from lm.nn.moe import Moe
 from lm.nn.param import param, rows, weight
 
+DEEPEST = 100_000  # layers; more is a slip of the hand
+
 
 class Transformer(nnx.Module):
     """A causal language model; returns the final hidden states, the loss applies the head."""
@@ -70,9 +72,10 @@ class Transformer(nnx.Module):
                 "vocab_size",
                 "vocab_multiple",
             ):
-                if getattr(self, name) < 1:
+                most = DEEPEST if name == "layers" else 2**31 - 1
+                if not 1 <= getattr(self, name) <= most:
                     raise ConfigError(
-                        f"model.{name}={getattr(self, name)}: expected 1 or more"
+                        f"model.{name}={getattr(self, name)}: expected 1 to {most}"
                     )
             if self.heads % self.kv_heads:
                 raise ConfigError(

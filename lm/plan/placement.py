@@ -5,15 +5,15 @@ from collections import defaultdict
 
 import jax
 
-from lm import sharding, train
+from lm import sharding
 from lm.program import Program
+from lm.train import TrainState
 
 LARGE = 2**20  # bytes on a device above which a copy is named
 
 
-def lines(prog: Program) -> list[str]:
+def lines(prog: Program, state: TrainState) -> list[str]:
     """Returns lines for the user: bytes a device by what and by logical axis, and large copies."""
-    state = train.abstract_state(prog)
     whole = {
         "parameters": _held(state.params),
         "optimizer": _held(state.opt_state) + _held(state.ema),
@@ -75,7 +75,7 @@ def _bytes(prog: Program, path: str) -> int:
 
 
 def _held(tree: object) -> int:
-    """Bytes of a device's shards of an abstract tree."""
+    """Bytes of a device's shards of a tree, real or abstract."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
