@@ -16,7 +16,7 @@ from lm.experiment import Experiment
 from lm.models.transformer import Transformer
 from lm.nn.blockwise import Mask, Tokens
 from lm.nn.ffn import Mlp
-from lm.nn.layers import LayerNorm, Rope, dropout, dropout_keys
+from lm.nn.layers import LayerNorm, dropout, dropout_keys
 from lm.nn.moe import Moe, Softmax
 
 

@@ -7,10 +7,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
 from lm import sharding
-from lm.config import ConfigError
 from lm.nn.blockwise import Tokens
 from lm.nn.param import param
 
@@ -20,12 +19,7 @@ class RmsNorm(nnx.Module):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
-        eps: float = 1e-6  # added to the mean square
-
-    def __init__(self, config: Config, dim: int, axis: str, rngs: nnx.Rngs):
-        self.eps = config.eps
-        self.scale_d = param(rngs, (dim,), (axis,))
-
+    XX
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return normalize(False, self.eps, x, self.scale_d[...])
 
@@ -100,28 +94,10 @@ def _like(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions (Su et al. 2021), halves rotated against each other (GPT-NeoX order)."""
-
-    base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi base positions
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
     """A learned vector for each position, added to the embedding."""
 
     length: int = 1024  # positions there are vectors for, tokens
-
-
-def rope_tables(
-    rope: Rope, head_dim: int, positions_BT: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Returns (cos, sin) of the angle of each position in each of H2 = head_dim / 2 planes."""
-    if head_dim % 2:
-        raise ConfigError(f"rotary positions need an even head_dim, got {head_dim}")
-    frequency = rope.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
