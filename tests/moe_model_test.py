@@ -18,6 +18,7 @@ import runs
 import toy
 
 from lm import gradients, log, loop, matrices, optim, sharding, train
+from lm.models import stack
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
 from lm.nn.moe import Moe
@@ -293,6 +294,28 @@ def test_layers_with_and_without_experts_make_groups():
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stacks"),
+    [
+        ("S", "1S"),
+        ("SSSS", "4S"),
+        ("DDSSS", "2D 3S"),
+        ("DDSDSD", "1D 2DS 1D"),
+        ("LLLGLLLGLL", "2LLLG 2L"),
+        ("DSDSDS", "3DS"),
+        ("DDDSD", "3D 1S 1D"),
+        ("ABCABCAB", "2ABC 1A 1B"),
+    ],
+)
+def test_layers_of_any_kinds_are_stacked_by_the_shortest_unit(layers, stacks):
+    found = stack.grouped(layers)
+    assert " ".join(f"{n}{''.join(unit)}" for n, unit in found) == stacks
+    places = stack.entries(layers)
+    assert sorted(i for some in places.values() for i in some) == [*range(len(layers))]
+    for some in places.values():
+        assert len({layers[i] for i in some}) == 1
 
 
 def test_only_active_experts_count():

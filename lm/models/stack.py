@@ -6,6 +6,7 @@ and counts; `cache` is what decoding keeps for the layer, or None.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -118,37 +119,63 @@ class Unit(nnx.Module):
 
 
 class Groups(nnx.Module):
-    """Stacks that run one after another: dense layers first, then units, then the remainder."""
+    """Stacks that run one after another, see `grouped`."""
 
     def __init__(self, stacks: Sequence[Any]):
         self.stacks = nnx.List(stacks)
 
 
-def build(config: Block.Config, rngs: nnx.Rngs) -> Block | Groups:
-    """Returns blocks whose parameters carry a leading axis: all `config.layers`, if all are equal.
+def grouped(kinds: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
+    """Returns (repeats, unit) of the stacks that layers of these kinds make, in their order.
 
-    Layers without experts before and between those with (`Moe.Config`) make `Groups` of them.
+    Equal layers are one stack. Else a run of equal ones at the start, the shortest unit that the
+    others repeat (twice at least), and what remains of a last unit; without such a unit, runs.
+    """
+    kinds = tuple(kinds)
+    count, lead = len(kinds), _runs(kinds)[0][0]
+    for period in range(1, count // 2 + 1):
+        for first in range(lead + 1):
+            units, rest = divmod(count - first, period)
+            if units > 1 and kinds[first:-period] == kinds[first + period :]:
+                unit = units, kinds[first : first + period]
+                return [*_runs(kinds[:first]), unit, *_runs(kinds[count - rest :])]
+    return _runs(kinds)
+
+
+def _runs(kinds: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
+    return [(len([*some]), (kind,)) for kind, some in itertools.groupby(kinds)]
+
+
+def entries(kinds: Sequence[Any]) -> dict[str, list[int]]:
+    """Returns the numbers of the layers that each block of `build` stacks, by its path in it."""
+    found: dict[str, list[int]] = {}
+    stacks, first = grouped(kinds), 0
+    for i, (repeats, unit) in enumerate(stacks):
+        for j in range(len(unit)):
+            path = [] if len(stacks) == len(unit) == 1 else [f"stacks/{i}"]
+            path += [f"blocks/{j}"] if len(unit) > 1 else []
+            after = first + repeats * len(unit)
+            found["/".join(path)] = [*range(first + j, after, len(unit))]
+        first += repeats * len(unit)
+    return found
+
+
+def build(configs: Sequence[Block.Config], rngs: nnx.Rngs) -> Block | Groups:
+    """Returns a block for each config, in stacks whose parameters carry a leading axis.
+
+    Equal layers are one stacked `Block`; layers of several kinds are `Groups`, see `grouped`.
     """
 
-    def repeat(count: int, *unit: Block.Config) -> Any:
+    def repeat(count: int, unit: Sequence[Block.Config]) -> Any:
         def one(r: nnx.Rngs) -> Block | Unit:
             return Block(unit[0], r) if len(unit) == 1 else Unit(unit, r)
 
         return jax.vmap(one)(rngs.split(count))
 
-    if not isinstance(config.ffn, Moe.Config):
-        return repeat(config.layers, config)
-    first, every = config.ffn.dense_first, config.ffn.every
-    if not first and every == 1:
-        return repeat(config.layers, config)
-    dense = dataclasses.replace(config, ffn=config.ffn.dense)
-    units, rest = divmod(config.layers - first, every)
-    stacks = [
-        repeat(first, dense) if first else None,
-        repeat(units, *[dense] * (every - 1), config),
-        repeat(rest, dense) if rest else None,
-    ]
-    return Groups([s for s in stacks if s is not None])
+    stacks = [repeat(count, unit) for count, unit in grouped(configs)]
+    if len(stacks) == 1 and isinstance(stacks[0], Block):
+        return stacks[0]
+    return Groups(stacks)
 
 
 def run(

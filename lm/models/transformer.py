@@ -122,6 +122,26 @@ class Transformer(nnx.Module):
             )
 
         @property
+        def blocks(self) -> tuple[stack.Block.Config, ...]:
+            """Every layer's config; equal ones are stacked, see `stack.build`."""
+            usual = stack.Block.Config(
+                dim=self.dim,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                layers=self.layers,
+                mixer=self.attention,
+                ffn=self.ffn,
+                norm=self.norm,
+                dropout=self.dropout,
+                init_std=self.init_std,
+            )
+            if not isinstance(self.ffn, Moe.Config):
+                return (usual,) * self.layers
+            dense = dataclasses.replace(usual, ffn=self.ffn.dense)
+            sparse = self.sparse
+            return tuple(usual if i in sparse else dense for i in range(self.layers))
+
+        @property
         def head_dim(self) -> int:
             """Entries of one head."""
             return self.attention.head_dim or self.dim // self.heads
@@ -146,20 +166,7 @@ class Transformer(nnx.Module):
             self.position_pd = param(
                 rngs, shape, ("position", "embed"), config.init_std
             )
-        self.layers = stack.build(
-            stack.Block.Config(
-                dim=D,
-                heads=config.heads,
-                kv_heads=config.kv_heads,
-                layers=config.layers,
-                mixer=config.attention,
-                ffn=config.ffn,
-                norm=config.norm,
-                dropout=config.dropout,
-                init_std=config.init_std,
-            ),
-            rngs,
-        )
+        self.layers = stack.build(config.blocks, rngs)
         self.norm = make_norm(config.norm, D, "norm", rngs)
         if not config.tied:
             self.head_vd = param(rngs, (V, D), ("vocab", "embed"), config.head_std)
