@@ -52,7 +52,10 @@ FLOORS = {
 }
 
 # Imported where they are used: slow to load, or not needed by every run.
-LAZY = {"matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets"}
+LAZY = {
+    *("matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets"),
+    *("gguf", "jinja2", "safetensors", "tokenizers"),  # the extra hf
+}
 THIRD_PARTY = LAZY | {
     "absl",
     "array_record",

@@ -19,6 +19,7 @@ from lm.nn.blockwise import Mask, Tokens
 from lm.nn.ffn import Mlp
 from lm.nn.layers import LayerNorm, dropout, dropout_keys
 from lm.nn.moe import Moe, Softmax
+from lm.nn.rope import Rope
 
 
 def attention(mask, q, k, v, q_tokens, kv_tokens):

@@ -189,7 +189,11 @@ def mlp_rows(bias: bool, at: str, ours: str = "ffn") -> list[Row]:
     names = {"gate_df": "gate_proj", "up_df": "up_proj", "down_fd": "down_proj"}
     rows = [row(f"{ours}/{k}", f"{at}{v}.weight", T) for k, v in names.items()]
     if bias:
-        names = {"gate_bias_f": "gate_proj", "up_bias_f": "up_proj", "down_bias_d": "down_proj"}
+        names = {
+            "gate_bias_f": "gate_proj",
+            "up_bias_f": "up_proj",
+            "down_bias_d": "down_proj",
+        }
         rows += [row(f"{ours}/{k}", f"{at}{v}.bias") for k, v in names.items()]
     return rows  # fmt: skip
 

@@ -20,7 +20,9 @@ class Table:
 
     whole: tuple[Row, ...]  # outside the layers; paths in the model
     layers: tuple[tuple[Row, ...], ...]  # of each layer; paths in its block
-    head: str = "lm_head.weight"  # the head of a tied model, where a file has it all the same
+    head: str = (
+        "lm_head.weight"  # the head of a tied model, where a file has it all the same
+    )
 
     def names(self) -> list[str]:
         """Returns the names of all tensors."""

@@ -114,7 +114,9 @@ class Halves:
 
     def _moved(self, a: Any, order: np.ndarray) -> Any:
         whole = a.shape[self.axis]
-        order = np.concatenate([np.arange(whole - self.size), whole - self.size + order])
+        order = np.concatenate(
+            [np.arange(whole - self.size), whole - self.size + order]
+        )
         return a[(..., order, *(slice(None),) * (-self.axis - 1))]
 
 
@@ -159,6 +161,8 @@ class Row:
         return jax.eval_shape(self.to_theirs, structs).shape
 
 
-def row(ours: str | tuple[str, ...], theirs: str, *steps: Step, experts: int = 0) -> Row:
+def row(
+    ours: str | tuple[str, ...], theirs: str, *steps: Step, experts: int = 0
+) -> Row:
     """Returns a row of a table."""
     return Row((ours,) if isinstance(ours, str) else ours, theirs, steps, experts)

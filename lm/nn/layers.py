@@ -7,9 +7,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from lm import sharding
+from lm.config import ConfigError
 from lm.nn.blockwise import Tokens
 from lm.nn.param import param
 
@@ -19,9 +20,23 @@ class RmsNorm(nnx.Module):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
-    XX
+        eps: float = 1e-6  # added to the mean square
+        offset: float = (
+            0.0  # added to the learned scale (Gemma: 1, its scales are around 0)
+        )
+
+    def __init__(self, config: Config, dim: int, axis: str, rngs: nnx.Rngs):
+        self.eps, self.offset = config.eps, config.offset
+        if config.offset not in (0.0, 1.0):
+            raise ConfigError(f"norm offset={config.offset}: expected 0 or 1")
+        std = 0.0 if config.offset else None
+        self.scale_d = param(rngs, (dim,), (axis,), std)
+
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return normalize(False, self.eps, x, self.scale_d[...])
+        scale_d = self.scale_d[...]
+        return normalize(
+            False, self.eps, x, scale_d + self.offset if self.offset else scale_d
+        )
 
 
 class LayerNorm(nnx.Module):
@@ -115,7 +130,7 @@ class Side:
     """What every block of a stack gets besides the residual stream; travels with its rows."""
 
     tokens: Tokens  # positions and segments of the rows
-    rope: Any = None  # (cos, sin) of `rope_tables`
+    rope: Any = None  # (cos, sin) of `rope_tables`; a tuple of them outside the block
     keys_BT: Any = None  # from `dropout_keys`; None turns dropout off
     slot: Any = None  # int32[]: where in the cache these tokens go
     cached: Tokens | None = (
