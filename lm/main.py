@@ -103,8 +103,12 @@ def _run() -> int:
         return loop.DONE
     _configure(experiment)
     modes = {
-        "train": _train, "eval": _eval, "generate": _generate, "prepare": _prepare,
-        "import": _import, "export": _export,
+        "train": _train,
+        "eval": _eval,
+        "generate": _generate,
+        "prepare": _prepare,
+        "import": _import,
+        "export": _export,
     }
     lookout = Lookout(_workdir(), experiment.train.heartbeat_seconds)
     try:

@@ -30,7 +30,7 @@ def sizes(f: Fields) -> dict[str, Any]:
         "layers": f.get("num_hidden_layers", int),
         "dim": f.get("hidden_size", int),
         "heads": heads,
-        "kv_heads": f.get("num_key_value_heads", int, heads),
+        "kv_heads": f.optional("num_key_value_heads", int, heads) or heads,
         "vocab_size": f.get("vocab_size", int),
     }
 
@@ -104,6 +104,23 @@ def _yarn(given: Fields, length: int) -> Yarn:
         whole=given.get("truncate", bool, True),
         magnitude=given.get("attention_factor", float, scale),
     )
+
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def pattern(kinds: tuple[str, ...]) -> tuple[bool, ...]:
+    """Returns which layers are local, as short as it can be repeated."""
+    local = tuple(kind == LOCAL for kind in kinds)
+    for n in range(1, len(local)):
+        if all(a == b for a, b in zip(local, local[n:], strict=False)):
+            return local[:n]
+    return local
+
+
+def layer_types(model: Transformer.Config) -> list[str]:
+    """Returns the kind of every layer."""
+    return [LOCAL if model.is_local(i) else GLOBAL for i in range(model.layers)]
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

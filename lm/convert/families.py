@@ -3,7 +3,7 @@
 from typing import Any
 
 from lm.config import ConfigError, diff, nearest
-from lm.convert import llama
+from lm.convert import gpt2, llama, qwen
 from lm.convert.family import Family, essence
 from lm.convert.fields import Fields
 from lm.models.transformer import Transformer
@@ -13,6 +13,9 @@ FAMILIES = {
     for family in (
         llama.LLAMA,
         llama.MISTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        gpt2.GPT2,
     )
 }
 

@@ -7,11 +7,13 @@ from typing import Any
 from lm.convert.fields import Fields
 from lm.convert.steps import Row
 from lm.models.transformer import Transformer
+from lm.nn.attention import Attention
+from lm.nn.ffn import Mlp
+from lm.nn.moe import Dropless, Moe, Sigmoid
 
 # Of a model, what a checkpoint's weights do not depend on: the user's to choose.
-FREE = {
-    *("vocab_multiple", "dropout", "init_std", "dtype", "remat", "scan"),
-}
+FREE = ("vocab_multiple", "dropout", "init_std", "dtype", "remat", "scan")
+UNTRAINED: dict[str, Any] = {"dispatch": Dropless(), "balance": 0.0, "z_loss": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,30 @@ def essence(model: Transformer.Config) -> Transformer.Config:
     """Returns the config with what its weights do not depend on at its default."""
     plain = Transformer.Config()
     model = dataclasses.replace(model, **{name: getattr(plain, name) for name in FREE})
-    attention = dataclasses.replace(
+    plain_attention: Any = dataclasses.replace(
         model.attention, implementation="auto", context="auto"
     )
-    return dataclasses.replace(model, attention=attention)
+    if isinstance(plain_attention, Attention.Config):
+        plain_attention = dataclasses.replace(plain_attention, head_dim=model.head_dim)
+    ffn: Any = model.ffn
+    if isinstance(ffn, Moe.Config):
+        hidden = ffn.expert(model.dim).hidden
+        dense = (
+            _width(ffn.dense, model.dim)
+            if len(model.sparse) < model.layers
+            else Mlp.Config()
+        )
+        ffn = dataclasses.replace(ffn, hidden=hidden, dense=dense, **UNTRAINED)
+        if isinstance(ffn.gate, Sigmoid):
+            ffn = dataclasses.replace(ffn, gate=dataclasses.replace(ffn.gate, rate=0.0))
+    else:
+        ffn = _width(ffn, model.dim)
+    local = model.local
+    if local is not None:
+        pattern = tuple(model.is_local(i) for i in range(model.layers))
+        local = dataclasses.replace(local, pattern=pattern)
+    return dataclasses.replace(model, attention=plain_attention, ffn=ffn, local=local)
+
+
+def _width(ffn: Mlp.Config, dim: int) -> Mlp.Config:
+    return dataclasses.replace(ffn, hidden=ffn.width(dim))

@@ -69,6 +69,14 @@ class Fields:
             )
         return value
 
+    def optional(self, name: str, kind: type[T], absent: T | None) -> T | None:
+        """Returns the value of a key that may be null, which says something else than nothing."""
+        given = self._data.get(name, ...)
+        self._read.add(name)
+        return (
+            absent if given is ... else None if given is None else self.get(name, kind)
+        )
+
     def only(self, name: str, *known: Any, default: Any = ...) -> Any:
         """Returns the value of a key, which must be one of `known`.
 
@@ -84,6 +92,19 @@ class Fields:
                 f"{self._where}: {name}={value!r} is not supported; lm knows {some}"
             )
         return value
+
+    def types(self, name: str) -> tuple[str, ...] | None:
+        """Returns the kinds of all layers' attention, None where it does not say."""
+        self._read.add(name)
+        kinds = self._data.get(name)
+        known = ("sliding_attention", "full_attention")
+        for kind in kinds or ():
+            if kind not in known:
+                raise ConfigError(
+                    f"{self._where}: {name} has {kind!r}, which is not supported; lm knows "
+                    f"{' and '.join(known)}"
+                )
+        return None if kinds is None else tuple(kinds)
 
     def part(self, name: str) -> "Fields | None":
         """Returns the dict at a key, None where it is absent or null."""

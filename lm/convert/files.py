@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,7 @@ SHARD = 5 * 1000**3  # bytes of a file, as Hugging Face cuts them
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where tensors come from."""
 

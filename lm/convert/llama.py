@@ -43,7 +43,7 @@ def _write(model: Transformer.Config) -> dict[str, Any]:
 def _read_mistral(f: Fields) -> Transformer.Config:
     attention = Attention.Config(
         head_dim=f.get("head_dim", int, 0) or None,
-        window=f.get("sliding_window", int, 0) or None,
+        window=f.optional("sliding_window", int, 4096),
     )
     return Transformer.Config(
         **decoder.sizes(f),

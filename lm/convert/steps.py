@@ -10,7 +10,7 @@ Letters: D width of the model, N heads, K kv heads, H head dim, F hidden, E expe
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 Arrays = tuple[Any, ...]
 
 
+@runtime_checkable
 class Step(Protocol):
     """A bijection between arrays as they are stored and as they are used."""
 

@@ -148,7 +148,9 @@ def bring_in(
     meta = {
         "config": config.to_json(experiment),
         "imported": True,
-        "step": 0, "examples": 0, "tokens": 0,
+        "step": 0,
+        "examples": 0,
+        "tokens": 0,
         "tokenizer": coder.fingerprint,
         "jax": jax.__version__,
     }
@@ -231,7 +233,7 @@ def send_out(
     if place.exists() and any(place.iterdir()):
         raise ConfigError(f"--to={to} is not empty; choose another directory")
     model = experiment.model
-    family, data, dtypes = _described(experiment, workdir)
+    family, data, dtypes = _described(experiment, coder, workdir)
     place.mkdir(parents=True, exist_ok=True)
     table = family.table(model)
     every = weights.places(model, table)
@@ -260,7 +262,7 @@ def send_out(
 
 
 def _described(
-    experiment: Experiment, workdir: str
+    experiment: Experiment, coder: tokenizers.Tokenizer, workdir: str
 ) -> tuple[Family, dict[str, Any], dict[str, str]]:
     """Returns the family, config.json and the dtypes by name: those of its origin, if any."""
     for folder in (workdir, experiment.train.init_from):
@@ -273,8 +275,6 @@ def _described(
             data.pop("torch_dtype", None)
             return family, data, files.read_json(origin / "tensors.json")
     family, data = families.write(experiment.model)
-    return family, _ids(data, experiment), {}
-
-
-def _ids(data: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    return data | {"max_position_embeddings": experiment.data.length}
+    marks = {"bos_token_id": coder.eot, "eos_token_id": (*coder.ends, coder.eot)[0]}
+    length = experiment.data.length
+    return family, {"max_position_embeddings": length, **marks, **data}, {}
