@@ -1,4 +1,4 @@
-"""Qwen 2 (shifts of queries, keys and values; a window in the upper layers) and Qwen 3 (QK-norm)."""
+"""Qwen 2 (shifts of queries, keys and values, a window in upper layers) and Qwen 3 (QK-norm)."""
 
 from typing import Any
 
