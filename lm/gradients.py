@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from lm import objectives, sharding, trees
-from lm.batches import CrossEntropy
+from lm.batches import Objective
 from lm.models import pipeline, timetable
 from lm.nn.blockwise import Tokens
 from lm.nn.layers import dropout_keys
@@ -92,14 +92,14 @@ def apart(prog: Program) -> bool:
 
 
 def scores(
-    prog: Program, objective: CrossEntropy, params: Params, batch: objectives.Batch
+    prog: Program, objective: Objective, params: Params, batch: objectives.Batch
 ) -> Sums:
     """Returns the sums of a batch, run forward through the stages without dropout."""
     prog = dataclasses.replace(
         prog,
         experiment=dataclasses.replace(
             prog.experiment,
-            objective=objective,  # type: ignore[arg-type]
+            objective=objective,
             model=dataclasses.replace(prog.experiment.model, dropout=0.0),
         ),
     )

@@ -66,11 +66,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
     say(_describe(prog))
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
-    objective, data = experiment.objective, experiment.data
-    coder = batches.tokenizer(objective, data, experiment.model.vocab_size)
-    generate.encode(coder, experiment.generate.prompts, experiment.data.length)
-    stores = batches.stores(objective, data, coder)
-    held_out = evaluate.stores(experiment, coder)
+    coder, stores, held_out = _tokenized(experiment)
     watch.mark("data")
 
     state, position = _start(prog, checkpoints, coder, say)
@@ -113,6 +109,17 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
     if not stopped and experiment.generate.prompts:
         _samples(prog, state, coder, workdir, primary)
     return _finish(experiment, workdir, first, position, stop.name if stopped else "")
+
+
+def _tokenized(
+    experiment: Experiment,
+) -> tuple[Tokenizer, list[loader.Store], dict[str, list[loader.Store]]]:
+    """Returns the tokenizer, the text to train on, and that of each evaluation set."""
+    objective, data = experiment.objective, experiment.data
+    coder = batches.tokenizer(objective, data, experiment.model.vocab_size)
+    generate.encode(coder, experiment.generate.prompts, data.length)
+    stores = batches.stores(objective, data, coder)
+    return coder, stores, evaluate.stores(experiment, coder)
 
 
 def _report_start(

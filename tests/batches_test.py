@@ -381,20 +381,6 @@ def test_whole_words_begin_with_a_space():
 
 
 def test_what_does_not_fit_is_told(tmp_path):
-    for wrong, words in [
-        (lambda: batches.Masked(rate=1.0), ["objective.rate=1.0"]),
-        (lambda: batches.Masked(mask=0.8, replace=0.3), ["sum of at most 1"]),
-        (lambda: batches.SpanCorruption(mean_span=0.5), ["mean_span=0.5"]),
-        (lambda: batches.Seq2Seq(target_length=0), ["target_length=0"]),
-        (lambda: batches.Classification(labels=("a", "a")), ["two different ones"]),
-        (lambda: batches.Prefix(z_loss=-1.0), ["z_loss"]),
-        (
-            lambda: batches.SpanCorruption(sentinels=9).sizes(512, True),
-            ["sentinels=9", "objective.sentinels=26"],
-        ),
-    ]:
-        with toy.refused(*words):
-            wrong()
     one, two = data_in(tmp_path, "text"), data_in(tmp_path, "text+label")
     with toy.refused("takes documents of 2 fields, this one has 1 (text)"):
         batches.stores(batches.Sft(), one, CODER)

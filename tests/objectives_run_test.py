@@ -90,3 +90,20 @@ def test_what_an_objective_adds_is_part_of_the_vocabulary():
     assert [batches.added(o) for o in (batches.Causal(), batches.Masked())] == [0, 1]
     assert batches.added(batches.Masked(mask_id=3)) == 0
     assert batches.added(batches.SpanCorruption(sentinels=7)) == 7
+
+
+def test_fields_out_of_range_are_refused():
+    for wrong, words in [
+        (lambda: batches.Masked(rate=1.0), ["objective.rate=1.0"]),
+        (lambda: batches.Masked(mask=0.8, replace=0.3), ["sum of at most 1"]),
+        (lambda: batches.SpanCorruption(mean_span=0.5), ["mean_span=0.5"]),
+        (lambda: batches.Seq2Seq(target_length=0), ["target_length=0"]),
+        (lambda: batches.Classification(labels=("a", "a")), ["two different ones"]),
+        (lambda: batches.Prefix(z_loss=-1.0), ["z_loss"]),
+        (
+            lambda: batches.SpanCorruption(sentinels=9).sizes(512, True),
+            ["sentinels=9", "objective.sentinels=26"],
+        ),
+    ]:
+        with toy.refused(*words):
+            wrong()
