@@ -28,6 +28,7 @@ FLOORS = {
     "lm.lookout": 0.75,
     "lm.data": 1.0,
     "lm.batches": 1.5,
+    "lm.scores": 1.0,
     "lm.nn": 1.0,
     "lm.schedules": 1.0,
     "lm.matrices": 1.0,
