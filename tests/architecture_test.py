@@ -27,6 +27,8 @@ FLOORS = {
     "lm.hosts": 0.5,
     "lm.lookout": 0.75,
     "lm.data": 1.0,
+    "lm.batches": 1.5,
+    "lm.scores": 1.0,
     "lm.nn": 1.0,
     "lm.schedules": 1.0,
     "lm.matrices": 1.0,
@@ -55,6 +57,7 @@ FLOORS = {
 LAZY = {
     *("matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets"),
     *("gguf", "jinja2", "safetensors", "tokenizers"),  # the extra hf
+    *("rouge_score", "sacrebleu", "snowballstemmer", "stop_words"),  # of extras
 }
 THIRD_PARTY = LAZY | {
     "absl",

@@ -20,7 +20,8 @@ TEXTS = ["one\n", "zwei \u2013 ü", "", "  drei\n\nvier", "\u2028 \u20ac", "six"
 
 
 def documents(source, split="train"):
-    return [text for part in source.parts(split) for text in part.documents()]
+    """The texts of documents of one field."""
+    return [text for part in source.parts(split) for [text] in part.documents()]
 
 
 def write_jsonl(path, texts):
@@ -209,7 +210,7 @@ def test_a_text_file_is_cut_at_blank_lines(tmp_path):
     paragraphs = [f"{i} " + "word " * 30 + "\n\n" for i in range(50)]
     (tmp_path / "book.txt").write_text("".join(paragraphs))
     source = sources.find(f"text:{tmp_path}/book.txt#1k")
-    pieces = [d for part in source.parts("train") for d in part.documents()]
+    pieces = documents(source)
     assert "".join(pieces) == "".join(paragraphs)  # nothing lost, nothing twice
     assert len(pieces) > 5
     assert all(1024 <= len(p) <= 2048 and p.endswith("\n\n") for p in pieces[:-1])

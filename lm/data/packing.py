@@ -47,6 +47,26 @@ def shuffled(count: int, *key: int | str) -> np.ndarray:
     return np.argsort(random, kind="stable")
 
 
+def uniforms(count: int, *key: int | str) -> np.ndarray:
+    """Returns so many numbers in [0, 1), the same on every machine."""
+    random = np.random.Philox(key=hashed(*key)).random_raw(count)
+    return (random >> np.uint64(11)) * 2.0**-53
+
+
+def offsets(segments: np.ndarray) -> np.ndarray:
+    """Returns 0, 1, ... along each run of equal numbers."""
+    here = np.arange(len(segments), dtype=np.int32)
+    begins = here * (np.diff(segments, prepend=-1) != 0)
+    return here - np.maximum.accumulate(begins) if len(here) else here
+
+
+def padded(values: np.ndarray, length: int) -> np.ndarray:
+    """Returns the values with zeros after them."""
+    row = np.zeros(length, values.dtype)
+    row[: len(values)] = values
+    return row
+
+
 class _Rows(grain.MapDataset):
     """What all kinds of rows share."""
 
