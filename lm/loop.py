@@ -141,7 +141,7 @@ class Step:
         if size not in self._compiled:
             self._guard.rest()  # compilation, and the first run of a program, may be slow
             self._terminal.status("compiling")
-            self._compiled[size] = self._step.lower(state, batch).compile()
+            self._compiled[size] = self._step.ready(state, batch)  # type: ignore[attr-defined]
             self._terminal.status("training")
         return self._compiled[size](state, batch)
 
@@ -195,7 +195,8 @@ def _start(
     """Returns the state to go on from, and where it is."""
     experiment = prog.experiment
     if checkpoints.latest() is None:
-        state = train.make_init(prog)(jax.random.key(experiment.train.seed))
+        key = jax.random.key(experiment.train.seed)
+        state = train.make_init(prog).ready(key)(key)  # type: ignore[attr-defined]
         if source := experiment.train.init_from:
             target = train.saved(prog, {"params": train.abstract_state(prog).params})
             try:
