@@ -15,7 +15,7 @@ import pathlib
 import pickle
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,10 +24,10 @@ from jax.experimental import serialize_executable
 KEPT = 64  # files; older ones go
 FOLDER = "executables"  # within jax's compilation cache
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-OPTIONS = (
-    "XLA_FLAGS",
-    "LIBTPU_INIT_ARGS",
-)  # environment variables that a compiler reads
+OPTIONS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables of the compilers
+HIT = (
+    "/jax/compilation_cache/cache_hits"  # jax's event for a program from its own cache
+)
 
 
 def ready(
@@ -38,8 +38,9 @@ def ready(
 ) -> Callable[..., Any]:
     """Returns the executable of these arguments: the kept one, or `compiled()`, which is then kept.
 
-    Nothing is kept without a compilation cache, in one of several processes, or for several CPU
-    devices (an executable that is loaded again has lost the order of its collectives there).
+    Nothing is kept without a compilation cache, if jax found the program in it, in one of several
+    processes, or for several CPU devices (an executable that is loaded again has lost the order of
+    its collectives there).
 
     Args:
         compiled: traces and compiles.
@@ -54,15 +55,31 @@ def ready(
         return _load(path, devices)
     except FileNotFoundError:
         pass
-    except (
-        Exception
-    ):  # damaged, or not for this machine: whatever is wrong, it is made anew
+    except Exception:  # damaged, or not for this machine: it is made anew
         path.unlink(missing_ok=True)
-    executable = compiled()
+    with _events() as seen:
+        executable = compiled()
+    if HIT in seen:
+        return executable  # one that was read cannot be written: XLA leaves its kernels out
     # A full disk, or a backend that cannot: the next start compiles again.
     with contextlib.suppress(OSError, ValueError, pickle.PicklingError):
         _keep(path, executable)
     return executable
+
+
+@contextlib.contextmanager
+def _events() -> Iterator[set[str]]:
+    """Collects the events that jax tells of."""
+    seen: set[str] = set()
+
+    def listen(event: str, **_: Any) -> None:
+        seen.add(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def _path(
