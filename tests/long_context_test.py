@@ -1,4 +1,4 @@
-"""128k tokens in a row: a step of the 1B model fits H100s that share the row, and need not be here."""
+"""128k tokens in a row: a step of the 1B model fits H100s that share the row."""
 
 import pytest
 
