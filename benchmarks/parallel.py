@@ -7,7 +7,9 @@ are the same cores. Bytes between devices: docs/parallelism.md, "What is sent".
 """
 
 import argparse
+import itertools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import flax
@@ -47,18 +49,33 @@ def setup() -> None:
     flax.config.update("nnx_graph_updates", False)
 
 
-def step(*sets: str) -> tuple[Any, Any, Any, float, Any]:
-    """Returns the program, its compiled step, its first state, seconds to compile, and a batch."""
+def program(*sets: str) -> Any:
+    """Returns the program of `tiny` with overrides, on as many devices as its mesh has."""
     from lm import config, sharding, train
     from lm import experiment as experiments
-    from lm.data import loader
 
     chosen = config.override(experiments.load("tiny"), [*BASE, *sets])
-    sizes = chosen.mesh.sizes()
-    count = int(np.prod([n for n in sizes.values() if n > 0]))
+    count = int(np.prod([n for n in chosen.mesh.sizes().values() if n > 0]))
     layout = sharding.make_layout(chosen.mesh, jax.devices()[:count])
-    prog = train.program(chosen, layout)
-    state = train.make_init(prog)(jax.random.key(0))
+    return train.program(chosen, layout)
+
+
+def compiled(prog: Any) -> tuple[Any, float]:
+    """Returns the compiled step and the CPU seconds that XLA took for it."""
+    from lm import train
+    from lm.plan import communication
+
+    step: Any = train.make_train_step(prog)
+    lowered = step.lower(train.abstract_state(prog), communication.batch(prog))
+    began = time.process_time()
+    return lowered.compile(), time.process_time() - began
+
+
+def batch(prog: Any) -> Any:
+    """Returns random tokens on the program's devices, the same on every mesh."""
+    from lm.data import loader
+
+    chosen = prog.experiment
     rng, shape = np.random.default_rng(0), (chosen.train.batch_size, chosen.data.length)
     ids = rng.integers(0, chosen.model.vocab_size, shape).astype(np.int32)
     rows, places = shape[0], np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
@@ -71,73 +88,71 @@ def step(*sets: str) -> tuple[Any, Any, Any, float, Any]:
         "bytes": np.full(rows, shape[1], np.int32),
         "index": np.arange(rows, dtype=np.uint32),
     }
-    batch = loader.to_devices(host, prog.batch_sharding())
-    lowered = train.make_train_step(prog).lower(state, batch)
-    began = time.process_time()
-    compiled = lowered.compile()
-    return prog, compiled, state, time.process_time() - began, batch
+    return loader.to_devices(host, prog.batch_sharding())
 
 
-def schedules(microbatches: tuple[int, ...]) -> list[str]:
-    """Returns the table of schedules: theory and table, memory, and time to compile."""
+def schedules(microbatches: tuple[int, ...]) -> Iterator[str]:
+    """Yields the table of schedules: theory and table, memory, and time to compile."""
     from lm import gradients
 
-    lines = [
+    yield (
         "| schedule, P=4 | M | ticks | bubble | theory | inputs kept | temporaries, MB "
-        "| compile, CPU s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, sets in SCHEDULES.items():
-        for M in microbatches:
-            rows = [f"train.batch_size={2 * M}", f"eval.batch_size={2 * M}"]
-            mesh = ["mesh.pipe=4", "mesh.data=1", f"pipeline.microbatches={M}"]
-            prog, compiled, _, seconds, _ = step(*sets, *mesh, *rows)
-            table = gradients.table(prog)
-            v = table.rounds
-            theory = 3 / (v * M + 3)
-            memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
-            lines.append(
-                f"| {name} | {M} | {len(table.forward)} | {table.bubble:.4f} | {theory:.4f} | "
-                f"{table.slots} | {memory:.1f} | {seconds:.1f} |"
-            )
-    return lines
+        "| compile, CPU s |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for (name, sets), M in itertools.product(SCHEDULES.items(), microbatches):
+        rows = [f"train.batch_size={2 * M}", f"eval.batch_size={2 * M}"]
+        mesh = ["mesh.pipe=4", "mesh.data=1", f"pipeline.microbatches={M}"]
+        prog = program(*sets, *mesh, *rows)
+        step, seconds = compiled(prog)
+        table = gradients.table(prog)
+        theory = 3 / (table.rounds * M + 3)
+        memory = step.memory_analysis().temp_size_in_bytes / 1e6
+        yield (
+            f"| {name} | {M} | {len(table.forward)} | {table.bubble:.4f} | {theory:.4f} | "
+            f"{table.slots} | {memory:.1f} | {seconds:.1f} |"
+        )
 
 
-def meshes(rounds: int) -> list[str]:
-    """Returns the table of steps on eight emulated devices over one, interleaved."""
-    made = {name: list(step(*sets)) for name, sets in MESHES.items()}
+def meshes(rounds: int) -> Iterator[str]:
+    """Yields the table of steps on eight emulated devices over one, interleaved."""
+    from lm import train
+
+    made = {}
+    for name, sets in MESHES.items():
+        prog = program(*sets)
+        state = train.make_init(prog)(jax.random.key(0))
+        made[name] = [compiled(prog)[0], state, batch(prog)]
     cpu: dict[str, list[float]] = {name: [] for name in made}
     loss: dict[str, float] = {}
     for k in range(rounds + 1):
-        for name, (_, compiled, state, _, batch) in made.items():
+        for name, (step, state, data) in made.items():
             began = time.process_time()
-            state, sums = compiled(state, batch)
+            state, sums = step(state, data)
             jax.block_until_ready(state)
             if k:
                 cpu[name].append(time.process_time() - began)
             else:
                 loss[name] = float(sums["loss"])
-            made[name][2] = state
+            made[name][1] = state
     one = min(cpu["one device"])
-    lines = [
-        "| mesh | loss of the first step | CPU s a step | over one device |",
-        "|---|---|---|---|",
-    ]
+    yield "| mesh | loss of the first step | CPU s a step | over one device |"
+    yield "|---|---|---|---|"
     for name, seconds in cpu.items():
         best = min(seconds)
-        lines.append(f"| {name} | {loss[name]:.5f} | {best:.2f} | {best / one:.2f} |")
-    return lines
+        yield f"| {name} | {loss[name]:.5f} | {best:.2f} | {best / one:.2f} |"
 
 
-def report(quick: bool = False) -> str:
-    """Returns the tables in Markdown."""
+def report(quick: bool = False) -> Iterator[str]:
+    """Yields the tables in Markdown, a line at a time."""
     setup()
-    counts = (4,) if quick else (8, 32)
-    lines = schedules(counts)
-    return "\n".join([*lines, "", *meshes(1 if quick else 5)])
+    yield from schedules((4,) if quick else (8, 32))
+    yield ""
+    yield from meshes(1 if quick else 5)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less of it")
-    print(report(**vars(parser.parse_args())))
+    for line in report(**vars(parser.parse_args())):
+        print(line, flush=True)

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.startup [--rounds N]`. Each start is a fresh Python with a warm
 compilation cache, `lm.main --experiment=tiny` and a script that does nothing but an
-equal step by turns; every program is cached, the text is tokenized already.
+equal step by turns; every program is cached, the text is tokenized already. Once with
+the sizes of `tiny`, where imports are most of it, and once with those of the contest.
 Wall seconds count on an idle machine, CPU seconds on a busy one.
 """
 
@@ -15,14 +16,16 @@ import subprocess
 import sys
 import tempfile
 
-# The same width, depth, batch and length as `tiny`; what it prints is what LM prints.
+from benchmarks import gpt as small
+
+# What it prints is what LM prints.
 BARE = """
 import json, os, sys, time
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 from benchmarks import bare, gpt
-bare.factory(gpt.Gpt(layers=2, dim=64, heads=4, vocab=512, length=64, batch=16))()
+bare.factory(gpt.Gpt(**json.loads(sys.argv[2])))()
 cpu = time.process_time()
 from lm import terminal  # imports no third party
 wall = time.perf_counter() - terminal.process_start()
@@ -39,11 +42,14 @@ def report(self):
     print(json.dumps({"wall": wall, "cpu": cpu, **phases}), flush=True)
     os._exit(0)
 terminal.Stopwatch.report = report
-cache, folder = sys.argv[1:]
-sys.argv = ["lm.main", "--experiment=tiny", "--workdir=" + folder, "--set",
-            "train.compilation_cache=" + cache]
+cache, folder, *sets = sys.argv[1:]
+sets = [f"--set={s}" for s in ["train.compilation_cache=" + cache, *sets]]
+sys.argv = ["lm.main", "--experiment=tiny", "--workdir=" + folder, *sets]
 runpy.run_module("lm.main", run_name="__main__", alter_sys=True)
 """
+
+
+TINY = small.Gpt(layers=2, dim=64, heads=4, vocab=512, length=64, batch=16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,18 @@ class Start:
     wall: float
     cpu: float
     phases: dict[str, float]  # wall, of the start whose wall is least
+
+
+def overrides(gpt: small.Gpt) -> list[str]:
+    """Returns what makes the model of `tiny` the contest's, in size and kind."""
+    return [
+        *(f"model.{name}={getattr(gpt, name)}" for name in ("layers", "dim", "heads")),
+        *(f"model.kv_heads={gpt.heads}", f"model.vocab_multiple={gpt.vocab}"),
+        *("model.norm=LayerNorm", "model.norm.bias=false", "model.scan=false"),
+        *("model.positions=Learned", f"model.positions.length={gpt.length}"),
+        *("model.ffn.activation=gelu", f"data.length={gpt.length}"),
+        f"train.batch_size={gpt.batch}",
+    ]
 
 
 def start(script: str, *args: str) -> dict[str, float]:
@@ -72,14 +90,15 @@ def start(script: str, *args: str) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(rounds: int) -> dict[str, Start]:
+def measure(gpt: small.Gpt, rounds: int) -> dict[str, Start]:
     """Starts each contestant once to fill its cache, then `rounds` times by turns."""
     found: dict[str, list[dict[str, float]]] = {"bare JAX": [], "lm": []}
+    sizes = json.dumps(dataclasses.asdict(gpt))
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds + 1):
             work = str(pathlib.Path(folder) / f"run{i}")
-            found["bare JAX"].append(start(BARE, f"{folder}/bare"))
-            found["lm"].append(start(LM, f"{folder}/lm", work))
+            found["bare JAX"].append(start(BARE, f"{folder}/bare", sizes))
+            found["lm"].append(start(LM, f"{folder}/lm", work, *overrides(gpt)))
     starts = {}
     for name, all_ in found.items():
         warm = all_[1:]
@@ -91,14 +110,23 @@ def measure(rounds: int) -> dict[str, Start]:
 
 def report(quick: bool = False, rounds: int = 5) -> str:
     """Returns a Markdown table, the ratios, and where the time of `lm` goes."""
-    found = measure(1 if quick else rounds)
-    bare, lm = found["bare JAX"], found["lm"]
-    lines = ["| start to first step | wall s | CPU s |", "|---|---|---|"]
-    for name, s in found.items():
-        lines.append(f"| {name} | {s.wall:.2f} | {s.cpu:.2f} |")
-    ratios = f"{lm.wall / bare.wall:.2f} (wall), {lm.cpu / bare.cpu:.2f} (CPU)"
-    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in lm.phases.items())
-    return "\n".join([*lines, "", f"lm ÷ bare JAX: {ratios}. Wall of lm: {phases}."])
+    lines = [
+        "| start to first step | wall s | CPU s | lm ÷ bare JAX: wall | CPU |",
+        "|---|---|---|---|---|",
+    ]
+    for name, gpt in {
+        "tiny": TINY,
+        **({} if quick else {"small GPT": small.Gpt()}),
+    }.items():
+        found = measure(gpt, 1 if quick else rounds)
+        bare, lm = found["bare JAX"], found["lm"]
+        lines.append(f"| {name}, bare JAX | {bare.wall:.2f} | {bare.cpu:.2f} | | |")
+        ratios = f"{lm.wall / bare.wall:.2f} | {lm.cpu / bare.cpu:.2f}"
+        phases = ", ".join(f"{name} {s:.2f}" for name, s in lm.phases.items())
+        lines.append(
+            f"| {name}, lm ({phases}) | {lm.wall:.2f} | {lm.cpu:.2f} | {ratios} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

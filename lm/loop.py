@@ -150,7 +150,7 @@ class Step:
         if size not in self._compiled:
             self._guard.rest()  # compilation, and the first run of a program, may be slow
             self._terminal.status("compiling")
-            self._compiled[size] = self._step.lower(state, batch).compile()
+            self._compiled[size] = self._step.ready(state, batch)  # type: ignore[attr-defined]
             self._terminal.status("training")
         return self._compiled[size](state, batch)
 
@@ -209,7 +209,8 @@ def _start(
     newest = checkpoints.latest()
     imported = newest == 0 and checkpoints.read_run().meta.get("imported", False)
     if newest is None or imported:
-        state = train.make_init(prog)(jax.random.key(experiment.train.seed))
+        key = jax.random.key(experiment.train.seed)
+        state = train.make_init(prog).ready(key)(key)  # type: ignore[attr-defined]
         if imported or experiment.train.init_from:
             params = _weights(prog, checkpoints if imported else None, say)
             state = dataclasses.replace(state, params=params)

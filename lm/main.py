@@ -1,6 +1,7 @@
 """The entry point: python -m lm.main --experiment=NAME [--mode=train|eval|generate|…]."""
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from lm.terminal import Stopwatch
 
 WATCH = Stopwatch()  # before the slow imports, which it times
 heap.keep()
+gc.disable()  # imports leave no garbage, and it would be looked for a hundred times
 
 import flax  # noqa: E402
 import jax  # noqa: E402
@@ -32,13 +34,15 @@ from lm import (  # noqa: E402
 from lm import experiment as experiments  # noqa: E402
 from lm.config import ConfigError  # noqa: E402
 from lm.convert import work  # noqa: E402
-from lm.data import loader, tokenizer  # noqa: E402
+from lm.data import tokenizer  # noqa: E402
 from lm.data.chat import Chat  # noqa: E402
 from lm.experiment import Experiment  # noqa: E402
 from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
 from lm.lookout import Lookout  # noqa: E402
 
+gc.freeze()  # modules stay
+gc.enable()
 WATCH.mark("imports")
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

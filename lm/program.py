@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from lm import optim, sharding, trees
+from lm import config, executables, optim, sharding, trees
 from lm.experiment import Experiment
 from lm.models import timetable
 from lm.models.transformer import Transformer
@@ -85,7 +86,11 @@ class Program:
             return self.sharding(sharding.spec("batch", "length"))
 
     def compiled(self, f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Compiles `f` for this mesh; calling it needs no context."""
+        """Compiles `f` for this mesh; calling it needs no context.
+
+        `ready` returns the executable for some arguments, from an earlier process if there was one:
+        for functions that depend on nothing but this program.
+        """
         jitted = jax.jit(f, **options)
 
         def call(*args: Any) -> Any:
@@ -100,6 +105,20 @@ class Program:
             with sharding.use(self.layout):
                 return jax.tree.map(self._abstract, jax.eval_shape(jitted, *args))
 
+        def ready(*args: Any) -> Callable[..., Any]:
+            made_from = {
+                "function": f"{f.__module__}.{f.__qualname__}",
+                "options": str(options),
+                "experiment": json.dumps(config.to_json(self.experiment)),
+                "mesh": str(self.layout.mesh),
+            }
+            devices: Any = self.layout.mesh.devices
+            devices = list(devices.flat)
+            return executables.ready(
+                lambda: lower(*args).compile(), args, devices, made_from
+            )
+
+        call.ready = ready  # type: ignore[attr-defined]
         call.lower = lower  # type: ignore[attr-defined]
         call.shapes = shapes  # type: ignore[attr-defined]
         return call

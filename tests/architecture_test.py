@@ -24,6 +24,7 @@ FLOORS = {
     "lm.plot": 0.5,
     "lm.stop": 0.5,
     "lm.heap": 0.5,
+    "lm.executables": 0.5,
     "lm.hosts": 0.5,
     "lm.lookout": 0.75,
     "lm.data": 1.0,

@@ -63,7 +63,9 @@ def _keep_programs_of_several_devices_out_of_the_cache() -> None:
     put = compilation_cache.put_executable_and_time
 
     def put_of_one_device(key, name, executable, *rest):
-        if len(executable.local_devices()) == 1:
+        # One for devices that are not here has none, and cannot be loaded either.
+        devices = getattr(executable, "local_devices", list)()
+        if len(devices) == 1:
             put(key, name, executable, *rest)
 
     compilation_cache.put_executable_and_time = put_of_one_device
