@@ -9,9 +9,9 @@ from lm import batches, schedules, sharding
 from lm.config import ConfigError, kind, nearest
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
+from lm.models import kinds
 from lm.models.timetable import Pipeline
 from lm.models.transformer import Transformer
-from lm.nn.layers import Learned
 from lm.nn.moe import Moe
 from lm.objectives import Causal, refuse
 from lm.optim import Optim
@@ -162,7 +162,7 @@ class Experiment:
 
     name: str
     about: str = ""  # one line on what it is for
-    model: Transformer.Config = Transformer.Config()
+    model: kinds.Config = Transformer.Config()
     data: Data = Data(source=("tfds:lm_text/shakespeare",))
     objective: batches.Objective = Causal()
     optim: Optim = Optim()
@@ -175,8 +175,8 @@ class Experiment:
     devices: int | None = None  # that the mesh is meant for; None: whatever there is
 
     def __post_init__(self) -> None:
-        positions = self.model.positions
-        if isinstance(positions, Learned) and positions.length < self.data.length:
+        positions = self.model.learned
+        if positions is not None and positions.length < self.data.length:
             raise ConfigError(
                 f"model.positions.length={positions.length} is less than "
                 f"data.length={self.data.length}: raise it, or use --set model.positions=Rope"
@@ -288,6 +288,11 @@ class Experiment:
             layout.size("length"),
             layout.size("residual"),
         )
+        if shards > 1 and isinstance(self.model, Recurrent.Config):
+            raise ConfigError(
+                f"mesh.seq={shards}: a recurrent layer reads a row from its begin to its end, so "
+                "devices cannot share one; set mesh.seq=1 and use mesh.data, fsdp or tensor"
+            )
         if shards > 1:
             parts = math.lcm(2 * shards, parts)
         if T % parts:

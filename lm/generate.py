@@ -27,7 +27,7 @@ from lm import sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
-from lm.models.transformer import Transformer
+from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import Tokens
 from lm.train import Params, Program
@@ -213,7 +213,7 @@ def cache_tokens(lengths_B: Int[Array, " B"], T: int, S: int) -> Tokens:
 
 
 def advance(
-    model: Transformer,
+    model: Model,
     ids_BT: Int[Array, "B T"],
     slot: Int[Array, ""],
     cached: Tokens,

@@ -21,7 +21,11 @@ from jaxtyping import Array, Float, Int
 from lm import trees
 from lm.config import ConfigError
 
-STACKED = ("layers", "expert")  # leading axes that only stack independent parameters
+STACKED = (
+    "layers",
+    "expert",
+    "gate",
+)  # leading axes that only stack independent parameters
 TABLES = ("vocab", "position")  # a parameter with such an axis is a table of vectors
 FUSED = ("head_dim",)  # together with the axis before it, one side of a matrix
 # Quintic Newton-Schulz coefficients, https://kellerjordan.github.io/posts/muon/

@@ -27,7 +27,7 @@ from lm.batches import (
     SpanCorruption,
 )
 from lm.config import ConfigError, kind
-from lm.models.transformer import Transformer
+from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
 
@@ -66,7 +66,7 @@ def refuse(objective: Objective) -> None:
 
 def causal(
     objective: Objective,
-    model: Transformer,
+    model: Model,
     batch: Batch,
     keys_BT: Any,
     packed: bool,
@@ -100,7 +100,7 @@ def layers(
 
 def score(
     objective: Objective,
-    model: Transformer,
+    model: Model,
     x_BTD: Float[Array, "B T D"],
     batch: Batch,
     graded: bool = False,

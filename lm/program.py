@@ -16,8 +16,8 @@ from jaxtyping import Array
 
 from lm import config, executables, optim, sharding, trees
 from lm.experiment import Experiment
-from lm.models import timetable
-from lm.models.transformer import Transformer
+from lm.models import kinds, timetable
+from lm.models.model import Model
 
 Params = dict[str, Any]
 STACK = "layers"  # the parameters that are stacked over the layers
@@ -42,7 +42,7 @@ class Program:
     rate: Callable[[Any], Array]  # learning rate by step
     places: np.ndarray  # int [P, v, l]: the layer in each place, -1: none
 
-    def model(self, params: Params) -> Transformer:
+    def model(self, params: Params) -> Model:
         """Returns the model with these parameters."""
         flat = trees.flatten(params)
         return jax.tree.unflatten(self.structure, [flat[path] for path in self.shapes])
@@ -183,8 +183,8 @@ def _stored(path: str, shape: tuple[int, ...], places: np.ndarray) -> tuple[int,
     return (places.size, *shape[1:])
 
 
-def build(config: Transformer.Config, key: Array) -> Transformer:
-    return Transformer(config, nnx.Rngs(params=key))
+def build(config: kinds.Config, key: Array) -> Model:
+    return kinds.build(config, nnx.Rngs(params=key))
 
 
 def _path(keys: tuple[Any, ...]) -> str:

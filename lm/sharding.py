@@ -111,6 +111,7 @@ class Rules:
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor", "pipe")
     expert: tuple[str, ...] = ("expert",)
+    gate: tuple[str, ...] = ()  # of a recurrent layer, each a matrix
     choice: tuple[str, ...] = ()  # the experts that a router scores: every token all
     balance: tuple[str, ...] = ()  # biases of that choice, moved by counts, not trained
     layers: tuple[str, ...] = ("pipe",)

@@ -14,11 +14,13 @@ import toy
 from lm import sharding
 from lm.experiment import Experiment
 from lm.models import stack
+from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 from lm.nn.blockwise import Mask, Tokens
 from lm.nn.ffn import Mlp
 from lm.nn.layers import LayerNorm, dropout, dropout_keys
 from lm.nn.moe import Moe, Softmax
+from lm.nn.recurrent import Gru
 from lm.nn.rope import Rope
 
 
@@ -53,6 +55,10 @@ def _norm(p, path, c, x):
     return y + p.get(path + "/bias_d", 0.0)
 
 
+def _by(p, path, c, x):
+    return _norm(p, path, c, x) if path + "/scale_d" in p else x
+
+
 def _rope(x, positions, base):
     half = x.shape[-1] // 2
     angle = positions[..., None] * base ** (-jnp.arange(half) / half)
@@ -61,7 +67,9 @@ def _rope(x, positions, base):
     return jnp.concatenate([z.real, z.imag], -1)
 
 
-def _mixer(c: Transformer.Config, p, x, batch):
+def _mixer(c: Any, p, x, batch):
+    if isinstance(c, Recurrent.Config):
+        return _recurrent(c.mixer, p, x, batch)
     shift = lambda name: p.get(f"mixer/{name}", 0.0)  # noqa: E731
     q = jnp.einsum("btd,dnh->btnh", x, p["mixer/query_dnh"]) + shift("query_bias_nh")
     k = jnp.einsum("btd,dkh->btkh", x, p["mixer/key_dkh"]) + shift("key_bias_kh")
@@ -82,6 +90,29 @@ def _mixer(c: Transformer.Config, p, x, batch):
     y, _ = attention(mask, q, k, v, tokens, tokens)
     y = y.reshape(*y.shape[:2], c.heads, -1)
     return jnp.einsum("btnh,nhd->btd", y, p["mixer/out_nhd"]) + shift("out_bias_d")
+
+
+def _recurrent(c: Any, p, x, batch):
+    """A state for each row, token by token; PyTorch's equations."""
+    p = {k.removeprefix("mixer/"): v for k, v in p.items() if k.startswith("mixer/")}
+    gates, bias = p["recurrent_ghk"], p["bias_ph"]
+    h = cell = jnp.zeros((len(x), gates.shape[1]))
+    ys, sigma = [], jax.nn.sigmoid
+    for t in range(x.shape[1]):
+        new = batch["segments"][:, t] != batch["segments"][:, max(t - 1, 0)]
+        h, cell = (jnp.where(new[:, None], 0.0, s) for s in (h, cell))
+        a = jnp.einsum("bd,gdh->gbh", x[:, t], p["input_gdh"])
+        u = jnp.einsum("bh,ghk->gbk", h, gates)
+        if isinstance(c, Gru.Config):
+            r, z = (sigma(a[n] + u[n] + bias[n]) for n in range(2))
+            n = jnp.tanh(a[2] + bias[3] + r * (u[2] + bias[2]))
+            h = (1 - z) * n + z * h
+        else:
+            i, f, g, o = a + u + bias[:, None]
+            cell = sigma(f + c.forget) * cell + sigma(i) * jnp.tanh(g)
+            h = sigma(o) * jnp.tanh(cell)
+        ys.append(h)
+    return jnp.stack(ys, 1) @ p["out_hd"]
 
 
 def _mlp(c: Mlp.Config, p, x):
@@ -149,16 +180,19 @@ def _logits(c: Transformer.Config, p, batch, masks):
             for k, v in p.items()
             if k.startswith(prefix)
         }
-        h = _norm(layer, "norm1", c.norm, x)
-        x = x + _mixer(c, layer, h, batch) * masks[2 * i]
-        h = _norm(layer, "norm2", c.norm, x)
+        h = _by(layer, "norm1", c.norm, x)
+        y = _by(layer, "after1", c.norm, _mixer(c, layer, h, batch))
+        x = x + y * masks[2 * i]
+        if c.ffn is None:
+            continue
+        h = _by(layer, "norm2", c.norm, x)
         ffn = {k[4:]: v for k, v in layer.items() if k.startswith("ffn/")}
         if "router_de" in ffn:
             y, aux = _moe(c.ffn, ffn, h, batch)
             routed.append(aux)
         else:
             y = _mlp(c.ffn.dense if isinstance(c.ffn, Moe.Config) else c.ffn, ffn, h)
-        x = x + y * masks[2 * i + 1]
+        x = x + _by(layer, "after2", c.norm, y) * masks[2 * i + 1]
     x = _norm(p, "norm", c.norm, x)
     z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
     if c.head_softcap is not None:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from lm.config import ConfigError, diff, nearest
+from lm.config import ConfigError, diff, kind, nearest
 from lm.convert import gpt2, llama, qwen
 from lm.convert.family import Family, essence
 from lm.convert.fields import Fields
+from lm.models import kinds
 from lm.models.transformer import Transformer
 
 FAMILIES = {
@@ -28,13 +29,13 @@ def read(
     Raises:
         ConfigError: a family or a value that is not supported, by name.
     """
-    kind = data.get("model_type")
-    if kind not in FAMILIES:
-        hint = nearest(str(kind), FAMILIES)
+    name = data.get("model_type")
+    if name not in FAMILIES:
+        hint = nearest(str(name), FAMILIES)
         raise ConfigError(
-            f"{where}: model_type={kind!r} is not supported{hint} (lm knows {', '.join(FAMILIES)})"
+            f"{where}: model_type={name!r} is not supported{hint} (lm knows {', '.join(FAMILIES)})"
         )
-    family = FAMILIES[kind]
+    family = FAMILIES[name]
     if data.get("quantization_config"):
         method = data["quantization_config"].get("quant_method")
         raise ConfigError(
@@ -48,12 +49,15 @@ def read(
     return family, model
 
 
-def write(model: Transformer.Config) -> tuple[Family, dict[str, Any]]:
+def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
     """Returns the first family that can express a model, and the config.json that says it.
 
     Raises:
         ConfigError: there is none; the one that misses least is named.
     """
+    if not isinstance(model, Transformer.Config):
+        name = kind(type(model))
+        raise ConfigError(f"model={name}: no family of lm/convert is of this kind")
     wanted, misses = essence(model), []
     for family in FAMILIES.values():
         try:

@@ -20,11 +20,13 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float
 
 from lm import sharding
+from lm.nn import attention, recurrent
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
 from lm.nn.layers import Norm, RmsNorm, Side, dropout, make_norm
 from lm.nn.moe import Moe
 from lm.nn.param import residual_std
+from lm.nn.recurrent import Gru, Lstm
 
 Norms = Literal["before", "after", "both"]
 Remat = Literal["none", "dots", "attention", "full", "offload"]
@@ -32,7 +34,7 @@ SITES = 4  # places with dropout of their own: two in a block, the embedding, on
 
 
 class Block(nnx.Module):
-    """Transformer block: mix the tokens, then feed each forward.
+    """Mix the tokens, then feed each forward.
 
     Norms stand before both (pre-norm, Xiong et al. 2020), after both, in front of the sum with the
     residual stream (OLMo 2, §3.2), or in both places (Gemma 2).
@@ -41,13 +43,13 @@ class Block(nnx.Module):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
         dim: int
-        heads: int
-        kv_heads: int
+        heads: int = 1  # of attention
+        kv_heads: int = 1
         layers: (
             int  # of the whole stack: sets the scale of the projections into the stream
         )
-        mixer: Attention.Config
-        ffn: Mlp.Config | Moe.Config
+        mixer: Attention.Config | Lstm.Config | Gru.Config
+        ffn: Mlp.Config | Moe.Config | None  # None: the mixer is all
         norm: Norm
         norms: Norms = "before"
         rope: int = 0  # which of the model's rotary positions
@@ -60,18 +62,13 @@ class Block(nnx.Module):
         self.rope = config.rope
         before, after = config.norms != "after", config.norms != "before"
         norm = functools.partial(make_norm, config.norm, config.dim, "norm", rngs)
-        of_heads = (
-            config.norm if isinstance(config.norm, RmsNorm.Config) else RmsNorm.Config()
-        )
         self.norm1 = norm() if before else None
-        self.mixer = Attention(
-            config.mixer, config.dim, config.heads, config.kv_heads, std, out_std, of_heads, rngs
-        )  # fmt: skip
+        self.mixer = _mixer(config, std, out_std, rngs)
         self.after1 = norm() if after else None
-        self.norm2 = norm() if before else None
-        kind: Any = Moe if isinstance(config.ffn, Moe.Config) else Mlp
-        self.ffn = kind(config.ffn, config.dim, std, out_std, rngs)
-        self.after2 = norm() if after else None
+        there = config.ffn is not None
+        self.norm2 = norm() if before and there else None
+        self.ffn = _ffn(config, std, out_std, rngs)
+        self.after2 = norm() if after and there else None
         self.layers = config.layers
 
     def __call__(
@@ -84,12 +81,46 @@ class Block(nnx.Module):
         y_BTD, cache = self.mixer(enter(_by(self.norm1, x_BTD)), of_mixer, cache)
         y_BTD = _by(self.after1, y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site)
+        if self.ffn is None:
+            return x_BTD, {}, cache
         y_BTD, aux = self.ffn(enter(_by(self.norm2, x_BTD)), side)
         y_BTD = _by(self.after2, y_BTD)
         if "moe_load_E" in aux:  # a line of each layer's own, so that a sum keeps them
             mine_L = jnp.arange(self.layers) == layer["index"]
             aux["moe_load_LE"] = mine_L[:, None] * aux.pop("moe_load_E")[None]
         return x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1), aux, cache
+
+
+def _mixer(
+    config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs
+) -> Attention | Lstm | Gru:
+    kind: Any = {Lstm.Config: Lstm, Gru.Config: Gru}.get(type(config.mixer))
+    if kind is not None:
+        return kind(config.mixer, config.dim, std, out_std, rngs)
+    of_heads = (
+        config.norm if isinstance(config.norm, RmsNorm.Config) else RmsNorm.Config()
+    )
+    return Attention(
+        config.mixer, config.dim, config.heads, config.kv_heads, std, out_std, of_heads, rngs
+    )  # fmt: skip
+
+
+def _ffn(
+    config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs
+) -> Moe | Mlp | None:
+    if config.ffn is None:
+        return None
+    kind: Any = Moe if isinstance(config.ffn, Moe.Config) else Mlp
+    return kind(config.ffn, config.dim, std, out_std, rngs)
+
+
+def empty_cache(config: Block.Config, batch: int, length: int, dtype: Any) -> Any:
+    """Returns what decoding keeps for one layer of such blocks, leaves [B, ...]."""
+    mixer = config.mixer
+    if not isinstance(mixer, Attention.Config):
+        return recurrent.empty_cache(mixer, config.dim, batch)
+    head_dim = mixer.head_dim or config.dim // config.heads
+    return attention.init_cache(config.kv_heads, head_dim, batch, length, dtype)
 
 
 def _by(norm: Any, x_BTD: Array) -> Array:

@@ -1,36 +1,18 @@
-"""Decoder-only Transformer: embed, stack, norm, head. Knows logical axes, not the mesh.
-
-Shapes: B batch, T length, D embed, V vocabulary padded to `vocab_multiple`.
-"""
+"""Decoder-only Transformer: layers of attention and feed-forward."""
 
 import dataclasses
-from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import reshard
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from lm import sharding
 from lm.config import ConfigError
 from lm.models import stack
-from lm.nn.attention import Attention, init_cache
-from lm.nn.blockwise import NEG, Tokens, cap
+from lm.models.model import Model
+from lm.nn.attention import Attention
+from lm.nn.blockwise import Tokens
 from lm.nn.ffn import Mlp
-from lm.nn.layers import (
-    Learned,
-    Norm,
-    RmsNorm,
-    Side,
-    dropout,
-    make_norm,
-)
+from lm.nn.layers import Learned, Side
 from lm.nn.moe import Moe
-from lm.nn.param import param, rows, weight
 from lm.nn.rope import Rope, rope_tables
-
-DEEPEST = 100_000  # layers; more is a slip of the hand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,52 +32,22 @@ class Local:
             )
 
 
-class Transformer(nnx.Module):
-    """A causal language model; returns the final hidden states, the loss applies the head."""
+class Transformer(Model):
+    """A causal language model of attention and feed-forward layers."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Config:
-        layers: int = 6  # blocks
-        dim: int = 384  # D, width of the residual stream
+    class Config(Model.Config):
         heads: int = 6  # query heads
         kv_heads: int = 6  # key and value heads; heads is a multiple of them
-        vocab_size: int = 257  # tokens of the tokenizer
-        vocab_multiple: int = 256  # the embedding has this many rows, or a multiple
         attention: Attention.Config = Attention.Config()
         ffn: Mlp.Config | Moe.Config = Mlp.Config()
-        norm: Norm = RmsNorm.Config()
-        norms: stack.Norms = "before"  # of attention and feed-forward, after, or both
         positions: Rope | Learned = Rope()
         local: Local | None = None  # layers that see a window only
-        tied: bool = True  # the head is the embedding
-        embed_scale: float = 1.0  # of the embedding, where it enters the first layer
-        head_softcap: float | None = None  # logits become cap * tanh(logit / cap)
-        dropout: float = (
-            0.0  # of the embedding and of what each layer adds to the stream
-        )
-        init_std: float = (
-            0.02  # of weights; over sqrt(2 layers) where they write to the stream
-        )
-        dtype: Literal["auto", "float32", "bfloat16"] = (
-            "auto"  # of compute; auto: bf16 but on CPU
-        )
-        remat: stack.Remat = "none"  # what is recomputed in the backward
-        scan: bool = True  # compile one layer and loop, or unroll them all
 
         def __post_init__(self) -> None:
-            for name in (
-                "layers",
-                "dim",
-                "heads",
-                "kv_heads",
-                "vocab_size",
-                "vocab_multiple",
-            ):
-                most = DEEPEST if name == "layers" else 2**31 - 1
-                if not 1 <= getattr(self, name) <= most:
-                    raise ConfigError(
-                        f"model.{name}={getattr(self, name)}: expected 1 to {most}"
-                    )
+            super().__post_init__()
+            self._check_size("heads")
+            self._check_size("kv_heads")
             if self.heads % self.kv_heads:
                 raise ConfigError(
                     f"model.heads={self.heads} is not divisible by model.kv_heads="
@@ -120,15 +72,7 @@ class Transformer(nnx.Module):
                     "model.local.positions: rotary positions of some layers beside learned ones; "
                     "set model.positions=Rope or model.local.positions=none"
                 )
-            if not 0 <= self.dropout < 1:
-                raise ConfigError(
-                    f"model.dropout={self.dropout}: expected 0 <= dropout < 1"
-                )
             self._check_experts()
-            if self.dtype not in ("auto", "float32", "bfloat16"):
-                raise ConfigError(
-                    f"model.dtype={self.dtype}: expected auto, float32 or bfloat16"
-                )
 
         def _check_experts(self) -> None:
             if not isinstance(self.ffn, Moe.Config):
@@ -189,71 +133,9 @@ class Transformer(nnx.Module):
             return self.attention.head_dim or self.dim // self.heads
 
         @property
-        def vocab_rows(self) -> int:
-            """Rows of the embedding and the head: the vocabulary, padded."""
-            return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-        @property
-        def head_std(self) -> float:
-            """Std of the head: small enough that initial logits barely leave the uniform."""
-            return min(self.init_std, 0.4 * self.dim**-0.5)
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.config = config
-        V, D = config.vocab_rows, config.dim
-        std = config.head_std if config.tied else config.init_std
-        self.embed_vd = param(rngs, (V, D), ("vocab", "embed"), std)
-        if isinstance(config.positions, Learned):
-            shape = (config.positions.length, D)
-            self.position_pd = param(
-                rngs, shape, ("position", "embed"), config.init_std
-            )
-        self.layers = stack.build(config.blocks, rngs)
-        self.norm = make_norm(config.norm, D, "norm", rngs)
-        if not config.tied:
-            self.head_vd = param(rngs, (V, D), ("vocab", "embed"), config.head_std)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of compute."""
-        auto = "float32" if sharding.current().platform == "cpu" else "bfloat16"
-        return jnp.dtype(auto if self.config.dtype == "auto" else self.config.dtype)
-
-    def __call__(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        tokens: Tokens,
-        keys_BT: Array | None = None,
-        packed: bool = True,
-        cache: Any = None,
-        slot: Array | None = None,
-        cached: Tokens | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
-        """Returns the hidden states after the last norm, sums of the layers' aux, and the cache.
-
-        Args:
-            tokens_BT: ids.
-            tokens: their positions and segments.
-            keys_BT: of dropout, or None for none.
-            packed: False promises that each row is one segment at positions 0, 1, 2, ….
-            cache: from `empty_cache`, or None.
-            slot: with a cache, where these tokens go in it.
-            cached: with a cache, positions and segments of all its slots, these tokens included.
-        """
-        x_BTD = self.embed(tokens_BT, tokens.positions, keys_BT)
-        side = self.side(tokens, keys_BT, packed, slot, cached)
-        x_BTD, aux, cache = self.stage(x_BTD, side, cache)
-        return self.norm(x_BTD), aux, cache
-
-    def embed(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        keys_BT: Array | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Returns what enters the first block."""
-        x_BTD = self._embed(tokens_BT, positions_BT)
-        return dropout(x_BTD, self.config.dropout, keys_BT, jnp.uint32(2))
+        def learned(self) -> Learned | None:
+            """The learned positions, where it has them."""
+            return self.positions if isinstance(self.positions, Learned) else None
 
     def side(
         self,
@@ -264,61 +146,11 @@ class Transformer(nnx.Module):
         cached: Tokens | None = None,
     ) -> Side:
         """Returns what every block gets besides the residual stream; arguments as of a call."""
-        rope, c = None, self.config
-        if isinstance(c.positions, Rope):
-            ropes = [c.positions]
-            if c.local is not None and c.local.positions is not None:
-                ropes.append(c.local.positions)
-            rope = tuple(rope_tables(r, c.head_dim, tokens.positions) for r in ropes)
-        return Side(tokens, rope, keys_BT, slot, cached, packed)
-
-    def stage(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        side: Side,
-        cache: Any = None,
-        index_L: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
-        """Returns x after the layers that `self.layers` holds, see `stack.run`."""
-        return stack.run(
-            self.layers,
-            x_BTD,
-            side,
-            cache,
-            remat=self.config.remat,
-            scan=self.config.scan,
-            index_L=index_L,
-        )
-
-    def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
-        out = sharding.spec("batch", "length", None)
-        x_BTD = rows(
-            self.embed_vd, self.dtype, tokens_BT, out, self.config.tied
-        )  # reduce over the vocabulary's shards
-        if self.config.embed_scale != 1:
-            x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
-        if isinstance(self.config.positions, Learned):
-            table_pd = weight(self.position_pd, self.dtype)
-            x_BTD = x_BTD + table_pd.at[positions_BT].get(out_sharding=out)
-        return reshard(x_BTD, sharding.spec("batch", "residual", None))
-
-    def head(self) -> nnx.Param:
-        """Returns the parameter [V, D] that turns hidden states into logits."""
-        return self.embed_vd if self.config.tied else self.head_vd
-
-    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Returns fp32 logits; ids that are padding of the vocabulary get -1e30."""
-        w_vd = weight(self.head(), x_BTD.dtype)
-        x_BTD = stack.enter(x_BTD)
-        logits = jnp.einsum(
-            "btd,vd->btv", x_BTD, w_vd, preferred_element_type=jnp.float32
-        )
-        logits, _ = cap(self.config.head_softcap, logits)
-        real = jnp.arange(self.config.vocab_rows) < self.config.vocab_size
-        return jnp.where(real[None, None], logits, NEG)
-
-    def empty_cache(self, batch: int, length: int) -> Any:
-        """Returns the cache of `length` slots for `batch` rows: (k, v), each [L, B, S, K, H]."""
-        c = self.config
-        one = init_cache(c.kv_heads, c.head_dim, batch, length, self.dtype)
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (c.layers, *a.shape)), one)
+        side, c = super().side(tokens, keys_BT, packed, slot, cached), self.config
+        if not isinstance(c.positions, Rope):
+            return side
+        ropes = [c.positions]
+        if c.local is not None and c.local.positions is not None:
+            ropes.append(c.local.positions)
+        rope = tuple(rope_tables(r, c.head_dim, tokens.positions) for r in ropes)
+        return dataclasses.replace(side, rope=rope)

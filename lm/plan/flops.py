@@ -1,11 +1,14 @@
 """Floating-point operations of a model, counted from its config (a multiply-add is two)."""
 
+from lm.models import kinds
+from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
 from lm.nn.moe import Moe
+from lm.nn.recurrent import Gru, Lstm
 
 
-def forward(config: Transformer.Config, length: int, *, causal: bool) -> float:
+def forward(config: kinds.Config, length: int, *, causal: bool) -> float:
     """Returns the operations of one token's forward pass in a sequence of `length` tokens.
 
     Products with weights, and attention's two products over the keys; norms, softmax and the
@@ -14,6 +17,8 @@ def forward(config: Transformer.Config, length: int, *, causal: bool) -> float:
     B); True only the keys a token may see.
     """
     c = config
+    if isinstance(c, Recurrent.Config):
+        return 2.0 * (c.layers * _recurrent(c) + c.vocab_rows * c.dim)
     projections = c.dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     weights = c.layers * projections + _feed_forward(c) + c.vocab_rows * c.dim
     keys = float(length)
@@ -34,10 +39,18 @@ def _feed_forward(c: Transformer.Config) -> int:
     return sparse + (c.layers - len(c.sparse)) * _mlp(c.ffn.dense, c.dim)
 
 
+def _recurrent(c: Recurrent.Config) -> int:
+    """Returns the weights of a layer."""
+    H = c.mixer.width(c.dim)
+    gates = Gru.gates if isinstance(c.mixer, Gru.Config) else Lstm.gates
+    mixer = gates * H * (c.dim + H) + H * c.dim
+    return mixer + (0 if c.ffn is None else _mlp(c.ffn, c.dim))
+
+
 def _mlp(c: Mlp.Config, dim: int) -> int:
     return (2 if c.activation == "gelu" else 3) * dim * c.width(dim)
 
 
-def train(config: Transformer.Config, length: int, *, causal: bool) -> float:
+def train(config: kinds.Config, length: int, *, causal: bool) -> float:
     """Returns the operations of one token's forward and backward pass, without recomputation."""
     return 3 * forward(config, length, causal=causal)

@@ -1,0 +1,214 @@
+"""What all models of one stack have: embedding, layers, norm, head. Knows no mesh.
+
+A model is a combination of parts that its config names. The class of a model says which
+combinations there are, what is wrong with some of them, and what goes beside the stack.
+
+Shapes: B batch, T length, D embed, V vocabulary padded to `vocab_multiple`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import reshard
+from jaxtyping import Array, Float, Int
+
+from lm import sharding
+from lm.config import ConfigError
+from lm.models import stack
+from lm.nn.blockwise import NEG, Tokens, cap
+from lm.nn.layers import Learned, Norm, RmsNorm, Side, dropout, make_norm
+from lm.nn.param import param, rows, weight
+
+DEEPEST = 100_000  # layers; more is a slip of the hand
+
+
+class Model(nnx.Module):
+    """A language model; returns the final hidden states, the loss applies the head."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        layers: int = 6  # blocks
+        dim: int = 384  # D, width of the residual stream
+        vocab_size: int = 257  # tokens of the tokenizer
+        vocab_multiple: int = 256  # the embedding has this many rows, or a multiple
+        norm: Norm = RmsNorm.Config()
+        norms: stack.Norms = "before"  # of mixer and feed-forward, after, or both
+        tied: bool = True  # the head is the embedding
+        embed_scale: float = 1.0  # of the embedding, where it enters the first layer
+        head_softcap: float | None = None  # logits become cap * tanh(logit / cap)
+        dropout: float = (
+            0.0  # of the embedding and of what each layer adds to the stream
+        )
+        init_std: float = (
+            0.02  # of weights; over sqrt(2 layers) where they write to the stream
+        )
+        dtype: Literal["auto", "float32", "bfloat16"] = (
+            "auto"  # of compute; auto: bf16 but on CPU
+        )
+        remat: stack.Remat = "none"  # what is recomputed in the backward
+        scan: bool = True  # compile one layer and loop, or unroll them all
+
+        def __post_init__(self) -> None:
+            for name in ("layers", "dim", "vocab_size", "vocab_multiple"):
+                self._check_size(name, DEEPEST if name == "layers" else 2**31 - 1)
+            if not 0 <= self.dropout < 1:
+                raise ConfigError(
+                    f"model.dropout={self.dropout}: expected 0 <= dropout < 1"
+                )
+            if self.dtype not in ("auto", "float32", "bfloat16"):
+                raise ConfigError(
+                    f"model.dtype={self.dtype}: expected auto, float32 or bfloat16"
+                )
+
+        def _check_size(self, name: str, most: int = 2**31 - 1) -> None:
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)}: expected 1 to {most}"
+                )
+
+        @property
+        def blocks(self) -> tuple[stack.Block.Config, ...]:
+            """Every layer's config; equal ones are stacked, see `stack.build`."""
+            raise NotImplementedError
+
+        @property
+        def learned(self) -> Learned | None:
+            """The learned positions, where it has them."""
+            return None
+
+        @property
+        def sparse(self) -> range:
+            """Numbers of the layers that have experts."""
+            return range(0)
+
+        @property
+        def vocab_rows(self) -> int:
+            """Rows of the embedding and the head: the vocabulary, padded."""
+            return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+        @property
+        def head_std(self) -> float:
+            """Std of the head: small enough that initial logits barely leave the uniform."""
+            return min(self.init_std, 0.4 * self.dim**-0.5)
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.config = config
+        V, D = config.vocab_rows, config.dim
+        std = config.head_std if config.tied else config.init_std
+        self.embed_vd = param(rngs, (V, D), ("vocab", "embed"), std)
+        if config.learned is not None:
+            shape = (config.learned.length, D)
+            self.position_pd = param(
+                rngs, shape, ("position", "embed"), config.init_std
+            )
+        self.layers = stack.build(config.blocks, rngs)
+        self.norm = make_norm(config.norm, D, "norm", rngs)
+        if not config.tied:
+            self.head_vd = param(rngs, (V, D), ("vocab", "embed"), config.head_std)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of compute."""
+        auto = "float32" if sharding.current().platform == "cpu" else "bfloat16"
+        return jnp.dtype(auto if self.config.dtype == "auto" else self.config.dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        tokens: Tokens,
+        keys_BT: Array | None = None,
+        packed: bool = True,
+        cache: Any = None,
+        slot: Array | None = None,
+        cached: Tokens | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
+        """Returns the hidden states after the last norm, sums of the layers' aux, and the cache.
+
+        Args:
+            tokens_BT: ids.
+            tokens: their positions and segments.
+            keys_BT: of dropout, or None for none.
+            packed: False promises that each row is one segment at positions 0, 1, 2, ….
+            cache: from `empty_cache`, or None.
+            slot: with a cache, where these tokens go in it.
+            cached: with a cache, positions and segments of all its slots, these tokens included.
+        """
+        x_BTD = self.embed(tokens_BT, tokens.positions, keys_BT)
+        side = self.side(tokens, keys_BT, packed, slot, cached)
+        x_BTD, aux, cache = self.stage(x_BTD, side, cache)
+        return self.norm(x_BTD), aux, cache
+
+    def embed(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        keys_BT: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns what enters the first block."""
+        x_BTD = self._embed(tokens_BT, positions_BT)
+        return dropout(x_BTD, self.config.dropout, keys_BT, jnp.uint32(2))
+
+    def side(
+        self,
+        tokens: Tokens,
+        keys_BT: Array | None = None,
+        packed: bool = True,
+        slot: Array | None = None,
+        cached: Tokens | None = None,
+    ) -> Side:
+        """Returns what every block gets besides the residual stream; arguments as of a call."""
+        return Side(tokens, None, keys_BT, slot, cached, packed)
+
+    def stage(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        side: Side,
+        cache: Any = None,
+        index_L: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
+        """Returns x after the layers that `self.layers` holds, see `stack.run`."""
+        return stack.run(
+            self.layers,
+            x_BTD,
+            side,
+            cache,
+            remat=self.config.remat,
+            scan=self.config.scan,
+            index_L=index_L,
+        )
+
+    def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
+        out = sharding.spec("batch", "length", None)
+        x_BTD = rows(
+            self.embed_vd, self.dtype, tokens_BT, out, self.config.tied
+        )  # reduce over the vocabulary's shards
+        if self.config.embed_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
+        if self.config.learned is not None:
+            table_pd = weight(self.position_pd, self.dtype)
+            x_BTD = x_BTD + table_pd.at[positions_BT].get(out_sharding=out)
+        return reshard(x_BTD, sharding.spec("batch", "residual", None))
+
+    def head(self) -> nnx.Param:
+        """Returns the parameter [V, D] that turns hidden states into logits."""
+        return self.embed_vd if self.config.tied else self.head_vd
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns fp32 logits; ids that are padding of the vocabulary get -1e30."""
+        w_vd = weight(self.head(), x_BTD.dtype)
+        x_BTD = stack.enter(x_BTD)
+        logits = jnp.einsum(
+            "btd,vd->btv", x_BTD, w_vd, preferred_element_type=jnp.float32
+        )
+        logits, _ = cap(self.config.head_softcap, logits)
+        real = jnp.arange(self.config.vocab_rows) < self.config.vocab_size
+        return jnp.where(real[None, None], logits, NEG)
+
+    def empty_cache(self, batch: int, length: int) -> Any:
+        """Returns what decoding keeps of `batch` rows of `length` tokens, leaves [L, B, ...]."""
+        blocks = self.config.blocks
+        one = stack.empty_cache(blocks[0], batch, length, self.dtype)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(blocks), *a.shape)), one)

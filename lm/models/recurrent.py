@@ -1,0 +1,38 @@
+"""Recurrent language model: layers that carry a state along the row instead of looking back.
+
+A row begins with an empty state, and so does every document in it. Windows of a long
+document are shuffled like all examples (an example is a function of its number alone), so
+what comes before a window is nowhere to be found when it is read: no state is carried from
+one to the next. An evaluation set's `stride` gives each window context instead.
+"""
+
+import dataclasses
+
+from lm.models import stack
+from lm.models.model import Model
+from lm.nn.ffn import Mlp
+from lm.nn.recurrent import Gru, Lstm
+
+
+class Recurrent(Model):
+    """A causal language model of LSTM or GRU layers; its cache has one size for any length."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config(Model.Config):
+        mixer: Lstm.Config | Gru.Config = Lstm.Config()
+        ffn: Mlp.Config | None = None  # after each mixer; None: there is none
+
+        @property
+        def blocks(self) -> tuple[stack.Block.Config, ...]:
+            """Every layer's config."""
+            block = stack.Block.Config(
+                dim=self.dim,
+                layers=self.layers,
+                mixer=self.mixer,
+                ffn=self.ffn,
+                norm=self.norm,
+                norms=self.norms,
+                dropout=self.dropout,
+                init_std=self.init_std,
+            )
+            return (block,) * self.layers

@@ -1,0 +1,130 @@
+"""Recurrent models: documents apart, decoding, meshes, and what cannot work."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import toy
+
+from lm import generate, sharding, train
+from lm.data.tokenizer import ByteTokenizer
+from lm.experiment import Generate
+from lm.nn import recurrent
+
+KINDS = {
+    "lstm": ["model=Recurrent", "model.mixer.hidden=24", "model.norms=both"],
+    "gru": ["model=Recurrent", "model.mixer=Gru", "model.ffn=Mlp", "model.tied=false"],
+}
+MESHES = [
+    ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
+    ["mesh.data=2", "mesh.tensor=4", "mesh.sequence_parallel=true"],
+    ["mesh.pipe=2", "mesh.data=2", "mesh.tensor=2", "pipeline.microbatches=4"],
+]
+
+
+@functools.cache
+def program(kind):
+    prog = toy.program(*KINDS[kind])
+    return prog, toy.start(prog, noise=0.3).params
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_document_is_what_it_is_alone(kind):
+    """Each document of a row has the states that it has at the begin of a row of its own."""
+    prog, params = program(kind)
+    host = toy.batch()
+    run = toy.hidden(prog)
+    packed, _ = run(params, host)
+    alone = {k: np.zeros_like(v) for k, v in host.items()}
+    second = np.argmax(host["segments"] == 2, 1)
+    for b, start in enumerate(second):
+        count = int((host["segments"][b] == 2).sum())
+        alone["tokens"][b, :count] = host["tokens"][b, start : start + count]
+        alone["segments"][b, :count] = 1
+    states, _ = run(params, {**host, **alone, "positions": host["positions"]})
+    counts = (host["segments"] == 2).sum(1)
+    assert (counts > 2).sum() > 3
+    for b, (start, count) in enumerate(zip(second, counts, strict=True)):
+        got, want = packed[b, start : start + count], states[b, :count]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_by_step_the_logits_are_those_of_the_row(kind):
+    """Prompts of several lengths are read at once, then each token moves the state on."""
+    prog, params = program(kind)
+    T, M, lengths = 8, 5, np.array([8, 3, 1, 5])
+    ids = np.random.default_rng(0).integers(0, toy.VOCAB, (4, T + M)).astype(np.int32)
+    S = generate.slots(T, M)
+
+    @jax.jit
+    def both(params):
+        model = prog.model(params)
+        cached = generate.cache_tokens(jnp.asarray(lengths), T, S)
+        cache, found = model.empty_cache(4, S), []
+        for at, count in [(0, T), *((T + m, 1) for m in range(M - 1))]:
+            here = jnp.asarray(ids[:, at : at + count])
+            logits, cache = generate.advance(model, here, jnp.int32(at), cached, cache)
+            found.append(logits)
+        tokens = jax.tree.map(lambda a: a[:, : T + M], cached)
+        x_BTD, _, _ = model(jnp.asarray(ids), tokens)
+        return jnp.stack(found, 1), model.logits(x_BTD)[..., : toy.VOCAB]
+
+    with sharding.use(prog.layout):
+        stepwise, whole = both(params)
+    np.testing.assert_allclose(stepwise, whole[:, T - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_depends_on_no_neighbour():
+    prog, params = program("lstm")
+    chosen = Generate(tokens=6, temperature=1.0, top_p=None)
+    sampled = functools.partial(
+        generate.texts, prog, params, ByteTokenizer(), config=chosen, report=pytest.fail
+    )
+    together = sampled(["a", "of the"])
+    assert [sampled(["a"])[0], sampled(["of the"])[0]] == together
+    assert together[0] != together[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mesh_has_the_loss_and_gradient_of_float64(kind):
+    for mesh in [["mesh.data=1"], *MESHES][:: 1 if kind == "lstm" else 2]:
+        prog = toy.program(*KINDS[kind], *mesh)
+        host, state = toy.batch(), toy.start(prog, noise=0.1)
+        params = toy.flat(train.saved(prog, state).params)
+        exact = {k: v.astype(np.float64) for k, v in params.items()}
+        loss, gradient = reference.gradient(prog.experiment, exact, host)
+        run = toy.run(prog, [host], state)
+        assert abs(run.losses[0] / loss - 1) < 1e-6, mesh
+        for path, want in gradient.items():
+            floor = 16 * toy.EPS * np.linalg.norm(want) + 1e-8
+            assert toy.distance(run.gradient[path], want) < floor, (mesh, path)
+
+
+def test_the_recurrent_matrix_has_one_product_a_row():
+    """What the scan of the backward carries is no matrix, else every step would add one up."""
+    prog, _ = program("lstm")
+    H = prog.experiment.model.mixer.hidden
+    p, w = jnp.ones((2, 16, 4, H)), jnp.ones((4, H, H))
+    state = (jnp.zeros((2, H)),) * 2
+    cell = functools.partial(recurrent.Lstm.cell, recurrent.Lstm.Config())
+
+    def total(p, w):
+        return recurrent.recur(cell, p, w, jnp.ones((2, 16)), state)[0].sum()
+
+    with sharding.use(prog.layout):
+        jaxpr = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(p, w))
+    assert jaxpr.count("scan[") == 2
+    assert f"f32[16,{H},4,{H}]" not in jaxpr
+    carried = [line for line in jaxpr.splitlines() if f"f32[{H},4,{H}]" in line]
+    assert not any("add_any" in line for line in carried), carried
+
+
+def test_what_cannot_work_is_refused():
+    with toy.refused("mesh.seq=2", "mesh.data, fsdp or tensor"):
+        toy.program("model=Recurrent", "mesh.seq=2")
+    with toy.refused("model.mixer.hidden=0", "1 or more"):
+        toy.experiment("model=Recurrent", "model.mixer.hidden=0")
