@@ -50,6 +50,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {**SMALL, "model_type": "qwen3", "head_dim": 16},
+    "gemma": {**SMALL, "model_type": "gemma", "head_dim": 16},
+    "gemma2": {
+        **SMALL,
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "num_hidden_layers": 5,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        **SMALL,
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "num_hidden_layers": 7,
+        "sliding_window": 8,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 24,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
     "mistral": {**SMALL, "model_type": "mistral", "sliding_window": 8, "head_dim": 16},
 }
 

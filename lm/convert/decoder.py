@@ -35,9 +35,9 @@ def sizes(f: Fields) -> dict[str, Any]:
     }
 
 
-def activation(f: Fields, name: str = "hidden_act") -> Any:
+def activation(f: Fields, name: str = "hidden_act", usual: str = "silu") -> Any:
     """Returns the kind of a gated layer."""
-    return ACTIVATIONS[f.only(name, *ACTIVATIONS, default="silu")]
+    return ACTIVATIONS[f.only(name, *ACTIVATIONS, default=usual)]
 
 
 def norm(f: Fields, offset: float = 0.0) -> RmsNorm.Config:

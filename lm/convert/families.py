@@ -3,7 +3,7 @@
 from typing import Any
 
 from lm.config import ConfigError, diff, nearest
-from lm.convert import gpt2, llama, qwen
+from lm.convert import gemma, gpt2, llama, qwen
 from lm.convert.family import Family, essence
 from lm.convert.fields import Fields
 from lm.models.transformer import Transformer
@@ -16,6 +16,9 @@ FAMILIES = {
         qwen.QWEN2,
         qwen.QWEN3,
         gpt2.GPT2,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
     )
 }
 

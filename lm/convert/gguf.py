@@ -182,7 +182,9 @@ def _tokenizer(about: _About) -> dict[str, bytes]:
     if begins and special["bos"] is not None:
         data["post_processor"] = _begin(names[special["bos"]], special["bos"])
     short = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    config = {f"{short[k]}_token": names[i] for k, i in special.items() if i is not None}
+    config = {
+        f"{short[k]}_token": names[i] for k, i in special.items() if i is not None
+    }
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": begins}
     config["clean_up_tokenization_spaces"] = False
     if (template := about("tokenizer.chat_template", None)) is not None:
