@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
+from lm.nn.latent import Latent
 from lm.nn.layers import Norm, RmsNorm, Side, dropout, make_norm
 from lm.nn.moe import Moe
 from lm.nn.param import residual_std
@@ -46,7 +47,7 @@ class Block(nnx.Module):
         layers: (
             int  # of the whole stack: sets the scale of the projections into the stream
         )
-        mixer: Attention.Config
+        mixer: Attention.Config | Latent.Config
         ffn: Mlp.Config | Moe.Config
         norm: Norm
         norms: Norms = "before"
@@ -60,13 +61,8 @@ class Block(nnx.Module):
         self.rope = config.rope
         before, after = config.norms != "after", config.norms != "before"
         norm = functools.partial(make_norm, config.norm, config.dim, "norm", rngs)
-        of_heads = (
-            config.norm if isinstance(config.norm, RmsNorm.Config) else RmsNorm.Config()
-        )
         self.norm1 = norm() if before else None
-        self.mixer = Attention(
-            config.mixer, config.dim, config.heads, config.kv_heads, std, out_std, of_heads, rngs
-        )  # fmt: skip
+        self.mixer = _mixer(config, std, out_std, rngs)
         self.after1 = norm() if after else None
         self.norm2 = norm() if before else None
         kind: Any = Moe if isinstance(config.ffn, Moe.Config) else Mlp
@@ -90,6 +86,15 @@ class Block(nnx.Module):
             mine_L = jnp.arange(self.layers) == layer["index"]
             aux["moe_load_LE"] = mine_L[:, None] * aux.pop("moe_load_E")[None]
         return x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1), aux, cache
+
+
+def _mixer(config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs) -> Any:
+    c, dim, heads = config.mixer, config.dim, config.heads
+    if isinstance(c, Latent.Config):
+        return Latent(c, dim, heads, std, out_std, rngs)
+    rms = isinstance(config.norm, RmsNorm.Config)
+    of_heads: Any = config.norm if rms else RmsNorm.Config()
+    return Attention(c, dim, heads, config.kv_heads, std, out_std, of_heads, rngs)
 
 
 def _by(norm: Any, x_BTD: Array) -> Array:

@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, Int
 from lm import sharding
 from lm.config import ConfigError
 from lm.models import stack
+from lm.nn import latent
 from lm.nn.attention import Attention, init_cache
 from lm.nn.blockwise import NEG, Tokens, cap
 from lm.nn.ffn import Mlp
+from lm.nn.latent import Latent
 from lm.nn.layers import (
     Learned,
     Norm,
@@ -61,7 +63,7 @@ class Transformer(nnx.Module):
         kv_heads: int = 6  # key and value heads; heads is a multiple of them
         vocab_size: int = 257  # tokens of the tokenizer
         vocab_multiple: int = 256  # the embedding has this many rows, or a multiple
-        attention: Attention.Config = Attention.Config()
+        attention: Attention.Config | Latent.Config = Attention.Config()
         ffn: Mlp.Config | Moe.Config = Mlp.Config()
         norm: Norm = RmsNorm.Config()
         norms: stack.Norms = "before"  # of attention and feed-forward, after, or both
@@ -106,7 +108,9 @@ class Transformer(nnx.Module):
                     f"model.dim={self.dim} is not divisible by model.heads={self.heads}; set "
                     "model.attention.head_dim, or another dim"
                 )
-            if isinstance(self.positions, Rope) and self.head_dim % 2:
+            if isinstance(self.attention, Latent.Config):
+                self._check_latent()
+            if isinstance(self.positions, Rope) and self.rope_dim % 2:
                 raise ConfigError(
                     f"rotary positions need an even head_dim, got {self.head_dim}; set "
                     "model.attention.head_dim or model.positions=Learned"
@@ -128,6 +132,18 @@ class Transformer(nnx.Module):
             if self.dtype not in ("auto", "float32", "bfloat16"):
                 raise ConfigError(
                     f"model.dtype={self.dtype}: expected auto, float32 or bfloat16"
+                )
+
+        def _check_latent(self) -> None:
+            if self.kv_heads != self.heads:
+                raise ConfigError(
+                    f"model.kv_heads={self.kv_heads} with model.attention=Latent, whose heads all "
+                    f"have keys of their own; set model.kv_heads={self.heads}"
+                )
+            if self.local is not None or not isinstance(self.positions, Rope):
+                raise ConfigError(
+                    "model.attention=Latent has neither windows nor learned positions; set "
+                    "model.local=none and model.positions=Rope"
                 )
 
         def _check_experts(self) -> None:
@@ -187,6 +203,12 @@ class Transformer(nnx.Module):
         def head_dim(self) -> int:
             """Entries of one head."""
             return self.attention.head_dim or self.dim // self.heads
+
+        @property
+        def rope_dim(self) -> int:
+            """Entries of a head that are rotated."""
+            c = self.attention
+            return c.rope_dim if isinstance(c, Latent.Config) else self.head_dim
 
         @property
         def vocab_rows(self) -> int:
@@ -269,7 +291,7 @@ class Transformer(nnx.Module):
             ropes = [c.positions]
             if c.local is not None and c.local.positions is not None:
                 ropes.append(c.local.positions)
-            rope = tuple(rope_tables(r, c.head_dim, tokens.positions) for r in ropes)
+            rope = tuple(rope_tables(r, c.rope_dim, tokens.positions) for r in ropes)
         return Side(tokens, rope, keys_BT, slot, cached, packed)
 
     def stage(
@@ -318,7 +340,10 @@ class Transformer(nnx.Module):
         return jnp.where(real[None, None], logits, NEG)
 
     def empty_cache(self, batch: int, length: int) -> Any:
-        """Returns the cache of `length` slots for `batch` rows: (k, v), each [L, B, S, K, H]."""
+        """Returns the cache of `length` slots for `batch` rows, every array [L, B, S, …]."""
         c = self.config
-        one = init_cache(c.kv_heads, c.head_dim, batch, length, self.dtype)
+        if isinstance(c.attention, Latent.Config):
+            one = latent.init_cache(c.attention, batch, length, self.dtype)
+        else:
+            one = init_cache(c.kv_heads, c.head_dim, batch, length, self.dtype)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (c.layers, *a.shape)), one)
