@@ -186,7 +186,6 @@ def run(
     *,
     remat: Remat,
     scan: bool,
-    index_L: Array | None = None,
 ) -> tuple[Array, dict[str, Array], Any]:
     """Returns x after all layers, the sum of their aux, and the new cache ([L, …] like the old).
 
@@ -197,12 +196,7 @@ def run(
         cache: of every layer, or None.
         remat: what to keep for the backward.
         scan: over the layers.
-        index_L: int32 numbers of equal layers, where they are not 0, 1, 2, …; a negative one is no
-            layer, and its parameters do nothing.
     """
-    if index_L is not None:
-        layer = {"index": index_L.astype(jnp.uint32), "there": index_L >= 0}
-        return _layers(blocks, layer, x_BTD, side, cache, remat=remat, scan=scan)
     stacks = blocks.stacks if isinstance(blocks, Groups) else [blocks]
     first, sums, caches = 0, [], []
     for one in stacks:
@@ -260,9 +254,6 @@ def _layers(
         block, layer, cache = slices
         x = checkpoint_name(x, "block")
         y, aux, cache = block(x, side, layer, cache)
-        if "there" in layer:
-            y = jnp.where(layer["there"], y, x)
-            aux = jax.tree.map(lambda a: jnp.where(layer["there"], a, 0), aux)
         return y, (aux, cache)
 
     body = policy(remat)(body)
@@ -274,15 +265,15 @@ def _layers(
             jax.tree.map(lambda a, i=i: a[i], (layer, cache)) for i in range(repeats)
         ]
         outs = []
-        for block, one in zip(_unstack(blocks, repeats), slices, strict=True):
+        for block, one in zip(unstack(blocks, repeats), slices, strict=True):
             x_BTD, out = body(x_BTD, (block, *one))
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
     return x_BTD, jax.tree.map(lambda a: a.sum(0), aux), cache
 
 
-def _unstack(blocks: Any, layers: int) -> list[Any]:
-    """Splits every stacked parameter at once, so that its gradient is one concatenation."""
+def unstack(blocks: Any, layers: int) -> list[Any]:
+    """Splits every stacked array at once, so that its gradient is one concatenation."""
 
     def split(a: Array) -> list[Array]:
         return [jnp.squeeze(x, 0) for x in jax.lax.split(a, (1,) * layers, 0)]
