@@ -66,8 +66,9 @@ class Latent(nnx.Module):
         std: float,
         out_std: float,
         rngs: nnx.Rngs,
+        rope: int = 0,
     ):
-        self.config, self.heads = config, heads
+        self.config, self.heads, self.rope = config, heads, rope
         c, N, H = config, heads, config.head_dim
         norm = RmsNorm.Config(eps=c.norm_eps)
         of_heads = ("embed", "heads", "head_dim")
@@ -140,7 +141,8 @@ class Latent(nnx.Module):
     def _turned(self, x: Array, first: int, side: Side) -> Array:
         if side.rope is None:
             return x
-        return jnp.concatenate([x[..., :first], rotate(x[..., first:], side.rope)], -1)
+        turned = rotate(x[..., first:], side.rope[self.rope])
+        return jnp.concatenate([x[..., :first], turned], -1)
 
     def _whole(self, q_BTNH: Array, latent_BTC: Array, side: Side) -> Array:
         """Attention with every head's own keys and values, made from the latents."""
