@@ -5,6 +5,7 @@ of a microbatch on one replica, T length, P stages, v rounds, l layers of a chun
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -171,7 +172,7 @@ def _staged(
         model = prog.model({**params, STACK: chunk})
         tokens = Tokens(batch["positions"], batch["segments"])
         side = model.side(tokens, _keys(prog, batch, step), prog.packed)
-        x, aux, _ = model.stage(x, side, index_L=ids)
+        x, aux = model.stage(x, side, prog.chunks, ids)
         loss, sums = objectives.layers(aux, batch)
         return x, jnp.float32(loss) / count, sums
 
@@ -185,12 +186,13 @@ def _staged(
 
     def placed(x: Array) -> Array:
         spec = jax.typeof(x).sharding.spec
-        shape = (*prog.places.shape, *x.shape[1:])
+        P_, v, _ = prog.places.shape
+        shape = (P_, v, len(x) // (P_ * v), *x.shape[1:])
         return x.reshape(shape, out_sharding=P(spec[0], None, None, *spec[1:]))
 
     def rows(x: Array) -> Array:
         spec = jax.typeof(x).sharding.spec
-        shape = (prog.places.size, *x.shape[3:])
+        shape = (math.prod(x.shape[:3]), *x.shape[3:])
         return x.reshape(shape, out_sharding=P(spec[0], *spec[3:]))
 
     rest = {k: v for k, v in params.items() if k != STACK}

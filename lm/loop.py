@@ -353,13 +353,18 @@ def _describe(prog: Program) -> str:
 
 
 def _flow(prog: Program) -> str:
-    """How microbatches flow through the stages, and where layers do not divide."""
+    """How microbatches flow through the stages, where layers do not divide, and what is computed
+    in vain because stages have layers of different kinds."""
     table = gradients.table(prog)
     held = (prog.places >= 0).sum((1, 2))
     uneven = "" if len(set(held)) == 1 else f", layers {'+'.join(map(str, held))}"
+    places = prog.places.shape[-1]
+    more = {part: len(prog.computed(part)) - places for part in ("mixer", "ffn")}
+    again = " and ".join(f"{n} {part}" for part, n in more.items() if n)
     return (
         f"{prog.experiment.pipeline.schedule}, {table.microbatches} microbatches, "
         f"bubble {table.bubble:.0%}{uneven}"
+        + (f", {again} more than a chunk of {places} needs" if again else "")
     )
 
 

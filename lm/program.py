@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lm import config, executables, optim, sharding, trees
 from lm.experiment import Experiment
-from lm.models import kinds, timetable
+from lm.models import chunk, kinds, stack, timetable
 from lm.models.model import Model
 
 Params = dict[str, Any]
@@ -40,7 +40,12 @@ class Program:
     ]  # where they are updated: `specs`, split over data too by ZeRO-1
     optimizer: optax.GradientTransformationExtraArgs
     rate: Callable[[Any], Array]  # learning rate by step
-    places: np.ndarray  # int [P, v, l]: the layer in each place, -1: none
+    chunks: chunk.Places  # which layer lies in which place of which stage
+
+    @property
+    def places(self) -> np.ndarray:
+        """int [P, v, l]: the layer in each place, -1: none."""
+        return self.chunks.layers
 
     def model(self, params: Params) -> Model:
         """Returns the model with these parameters."""
@@ -74,11 +79,40 @@ class Program:
         fits = (n for n in range(group, self.microbatches + 1, group) if rows % n == 0)
         return max(fits, default=0)
 
+    def rows(self, path: str) -> np.ndarray:
+        """Returns int [P, v, n]: which row of a stacked parameter, in the order of layers, lies
+        where in memory; -1: none."""
+        return self.chunks.rows(_stack(self.chunks, path))
+
+    def layers(self, path: str) -> list[int]:
+        """Returns the numbers of a stacked parameter's layers."""
+        return self.chunks.stacks[_stack(self.chunks, path)]
+
+    def computed(self, part: str) -> list[Any]:
+        """Returns the configs of a part (`mixer`, `ffn`) that a device computes one after another:
+        of every layer, or of a chunk's places and all kinds that stages have there."""
+        blocks = self.experiment.model.blocks
+        if self.staged:
+            return self.chunks.computed(blocks, part)
+        return [getattr(block, part) for block in blocks]
+
+    def use(self, path: str) -> float:
+        """Returns how much of a stacked parameter on a device is used at a time."""
+        if not self.staged:
+            return 1.0
+        stack_path = _stack(self.chunks, path)
+        part = (
+            path.removeprefix(f"{STACK}/").removeprefix(f"{stack_path}/").split("/")[0]
+        )
+        part = "norm" if part.startswith(("norm", "after")) else part
+        share = self.chunks.share(self.experiment.model.blocks, stack_path, part)
+        return share / self.places.shape[1]
+
     @property
-    def rows(self) -> np.ndarray | None:
-        """The layer in each row of a stacked parameter (-1: none), if not simply 0, 1, 2, …."""
-        rows = self.places.ravel()
-        return None if np.array_equal(rows, np.arange(len(rows))) else rows
+    def ordered(self) -> bool:
+        """Whether every row of the stacks lies in memory in the order of layers."""
+        rows = (self.rows(path).ravel() for path in self.axes if _stacked(path))
+        return all(np.array_equal(r, np.arange(len(r))) for r in rows)
 
     def batch_sharding(self) -> jax.sharding.NamedSharding:
         """Returns the sharding of a [B, T] batch."""
@@ -137,7 +171,10 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
     experiment.fit(layout)
     stages = layout.size("layers")
     rounds = experiment.pipeline.rounds if stages > 1 else 1
-    places = timetable.placement(experiment.model.layers, stages, rounds)
+    chunks = chunk.Places(
+        timetable.placement(experiment.model.layers, stages, rounds),
+        stack.entries(experiment.model.blocks),
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use(layout):
         abstract = jax.eval_shape(functools.partial(build, experiment.model), key)
@@ -150,7 +187,7 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
             for path, p in params.items()
         }
         shapes = {
-            path: jax.ShapeDtypeStruct(_stored(path, p.shape, places), p.dtype)
+            path: jax.ShapeDtypeStruct(_stored(path, p.shape, chunks), p.dtype)
             for path, p in params.items()
         }
         specs = {
@@ -172,15 +209,25 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
         updates=updates,
         optimizer=optim.build(experiment.optim, experiment.train.steps, axes),
         rate=optim.schedule(experiment.optim, experiment.train.steps),
-        places=places,
+        chunks=chunks,
     )
 
 
-def _stored(path: str, shape: tuple[int, ...], places: np.ndarray) -> tuple[int, ...]:
+def _stored(path: str, shape: tuple[int, ...], chunks: chunk.Places) -> tuple[int, ...]:
     """Returns the shape in memory: stacked parameters have a row for every place of a layer."""
-    if len(places) == 1 or path.split("/")[0] != STACK:
+    if len(chunks.layers) == 1 or not _stacked(path):
         return shape
-    return (places.size, *shape[1:])
+    return (chunks.rows(_stack(chunks, path)).size, *shape[1:])
+
+
+def _stacked(path: str) -> bool:
+    return path.split("/")[0] == STACK
+
+
+def _stack(chunks: chunk.Places, path: str) -> str:
+    """Returns the path, in the model's layers, of the stack that has a parameter."""
+    own = path.removeprefix(f"{STACK}/")
+    return next(s for s in chunks.stacks if own.startswith(f"{s}/" if s else ""))
 
 
 def build(config: kinds.Config, key: Array) -> Model:

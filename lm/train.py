@@ -77,7 +77,7 @@ def saved(prog: Program, tree: Any) -> Any:
 
     Abstract leaves give abstract ones.
     """
-    if prog.rows is None:
+    if prog.ordered:
         return tree
     order = prog.compiled(functools.partial(stacked.plain, prog))
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
@@ -87,7 +87,7 @@ def saved(prog: Program, tree: Any) -> Any:
 
 def loaded(prog: Program, tree: Any) -> Any:
     """Returns what a checkpoint held as the step wants it; the inverse of `saved`."""
-    if prog.rows is None:
+    if prog.ordered:
         return tree
     return prog.compiled(functools.partial(stacked.arranged, prog))(tree)
 
@@ -156,7 +156,7 @@ def _rebalanced(prog: Program, params: Params, sums: Metrics) -> Params:
         model: Any = prog.experiment.model
         load = sums["moe_load_LE"].astype(jnp.float32)
         short = jnp.sign(load.mean(1, keepdims=True) - load)
-        short = stacked.rows(prog, short, list(model.sparse))
+        short = stacked.rows(prog, path, short)
         step = reshard(model.ffn.gate.rate * short, prog.updates[path])
         flat[path] = flat[path] + step
     return trees.nest(flat)

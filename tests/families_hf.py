@@ -14,6 +14,21 @@ SMALL = {
     "max_position_embeddings": 128,
     **MARKS,
 }
+DEEPSEEK = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_group": 4,
+    "topk_group": 2,
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama 2": {**SMALL, "model_type": "llama", "rms_norm_eps": 1e-5},
@@ -50,11 +65,101 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3": {**SMALL, "model_type": "qwen3", "head_dim": 16},
+    "gemma": {**SMALL, "model_type": "gemma", "head_dim": 16},
+    "gemma2": {
+        **SMALL,
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "num_hidden_layers": 5,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        **SMALL,
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "num_hidden_layers": 7,
+        "sliding_window": 8,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 24,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "mixtral": {
+        **SMALL,
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+    "qwen2_moe": {
+        **SMALL,
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe": {
+        **SMALL,
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 16,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        **SMALL,
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "swiglu_limit": 0.5,
+        "num_hidden_layers": 4,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "deepseek_v2": {
+        **DEEPSEEK,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {
+        **DEEPSEEK,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 24,
+        "attention_bias": True,
+        "v_head_dim": 20,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "mistral": {**SMALL, "model_type": "mistral", "sliding_window": 8, "head_dim": 16},
 }
 
 # What makes ours compute what theirs does in training: no losses besides the likelihood's.
-SETS: dict[str, list[str]] = {}
+EXPERTS = ["ffn.balance=0", "ffn.z_loss=0"]
+SETS: dict[str, list[str]] = {
+    name: EXPERTS for name, c in CONFIGS.items() if "num_experts_per_tok" in c
+}
 
 
 def write_json(path: Any, data: Any) -> None:

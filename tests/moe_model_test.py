@@ -6,6 +6,7 @@ that no result here hangs on a rounding.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import hlo
@@ -24,7 +25,7 @@ from lm.nn.ffn import Mlp
 from lm.nn.moe import Moe
 from lm.plan import flops
 
-ONE = "one device"
+ONE, STAGES = "one device", "pipe 2 x expert 2"
 LAYOUTS = {
     ONE: ["mesh.data=1"],
     "data 2 x expert 4": ["mesh.data=2", "mesh.expert=4"],
@@ -34,8 +35,9 @@ LAYOUTS = {
         "mesh.fsdp=2",
         "mesh.tensor=2",
     ],
+    STAGES: ["mesh.pipe=2", "mesh.expert=2", "pipeline.microbatches=2"],
 }
-MESHES = [m for m in LAYOUTS if m != ONE]
+MESHES = [m for m in LAYOUTS if m not in (ONE, STAGES)]
 KINDS = {
     "mixtral": ["model.ffn=Moe", "model.ffn.hidden=24"],
     "deepseek": [
@@ -115,8 +117,13 @@ def test_one_device_trains_as_float64_does(kind):
             np.testing.assert_allclose(run.params[path], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *itertools.product(KINDS, MESHES),
+        pytest.param("deepseek", STAGES, marks=pytest.mark.slow),
+    ],
+)
 def test_losses_gradients_and_three_steps_are_those_of_one_device(kind, mesh):
     """With two microbatches; the balancing biases move by the same steps exactly."""
     (_, run), (_, one) = trained(kind, mesh), trained(kind, ONE)

@@ -35,14 +35,19 @@ def sizes(f: Fields) -> dict[str, Any]:
     }
 
 
-def activation(f: Fields, name: str = "hidden_act") -> Any:
+def activation(f: Fields, name: str = "hidden_act", usual: str = "silu") -> Any:
     """Returns the kind of a gated layer."""
-    return ACTIVATIONS[f.only(name, *ACTIVATIONS, default="silu")]
+    return ACTIVATIONS[f.only(name, *ACTIVATIONS, default=usual)]
 
 
-def norm(f: Fields, offset: float = 0.0) -> RmsNorm.Config:
+def act_name(kind: str) -> str:
+    """Returns the name of a gated layer's activation."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == kind)
+
+
+def norm(f: Fields, offset: float = 0.0, usual: float = 1e-6) -> RmsNorm.Config:
     """Returns the norm of every place."""
-    return RmsNorm.Config(eps=f.get("rms_norm_eps", float, 1e-6), offset=offset)
+    return RmsNorm.Config(eps=f.get("rms_norm_eps", float, usual), offset=offset)
 
 
 def rope(f: Fields, base: float = 10_000.0, length: int = 2048) -> Rope:
@@ -155,7 +160,6 @@ def write(model: Transformer.Config, **more: Any) -> dict[str, Any]:
     assert isinstance(model.ffn, Mlp.Config) or "hidden_act" in more
     assert isinstance(model.norm, RmsNorm.Config)
     assert isinstance(model.positions, Rope)
-    kinds = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     dense: Any = model.ffn
     return {
         "hidden_size": model.dim,
@@ -167,7 +171,7 @@ def write(model: Transformer.Config, **more: Any) -> dict[str, Any]:
         "rms_norm_eps": model.norm.eps,
         "rope_parameters": write_rope(model.positions),
         "tie_word_embeddings": model.tied,
-        **({} if "hidden_act" in more else {"hidden_act": kinds[dense.activation]}),
+        **({} if "hidden_act" in more else {"hidden_act": act_name(dense.activation)}),
         **({} if "intermediate_size" in more else {"intermediate_size": dense.width(model.dim)}),
         **more,
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lm.config import ConfigError, diff, kind, nearest
-from lm.convert import gpt2, llama, qwen
+from lm.convert import deepseek, gemma, gpt2, gpt_oss, llama, mixtral, qwen, qwen_moe
 from lm.convert.family import Family, essence
 from lm.convert.fields import Fields
 from lm.models import kinds
@@ -17,6 +17,15 @@ FAMILIES = {
         qwen.QWEN2,
         qwen.QWEN3,
         gpt2.GPT2,
+        gemma.GEMMA,
+        mixtral.MIXTRAL,
+        qwen_moe.QWEN2_MOE,
+        qwen_moe.QWEN3_MOE,
+        gpt_oss.GPT_OSS,
+        deepseek.V2,
+        deepseek.V3,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
     )
 }
 
@@ -63,7 +72,7 @@ def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
         try:
             data = {"model_type": family.model_type, **family.write(model)}
             _, found = read(data, family.model_type)
-        except (AssertionError, ConfigError, KeyError):
+        except (AssertionError, ConfigError, KeyError, StopIteration):
             continue
         missing = diff(essence(found), wanted)
         if not missing:

@@ -98,14 +98,14 @@ def _plain(
 
 def read(prog: Program, source: Source, every: Sequence[Place]) -> Params:
     """Returns the parameters, each device's shards read for it alone."""
-    rows = prog.rows
     by_path: dict[str, dict[int | None, tuple[Row, int]]] = {}
     for place in every:
         for k, path in enumerate(place.paths):
             by_path.setdefault(path, {})[place.entry] = place.row, k
     flat = {}
     for path, shape in prog.shapes.items():
-        order = rows if rows is not None and path.startswith(f"{STACK}/") else None
+        stacked = path.startswith(f"{STACK}/")
+        order = prog.rows(path).ravel() if stacked and prog.staged else None
         leaf = _Leaf(source, by_path[path], shape.shape, order)
         where = prog.sharding(prog.specs[path])
         flat[path] = jax.make_array_from_callback(shape.shape, where, leaf.part)
@@ -120,7 +120,7 @@ class _Leaf:
         source: Source,
         rows: Mapping[int | None, tuple[Row, int]],
         shape: tuple[int, ...],
-        order: np.ndarray | None,  # the layer in each row in memory, if another
+        order: np.ndarray | None,  # the entry in each row in memory, if another
     ):
         self._source, self._rows, self._shape, self._order = source, rows, shape, order
         self._parts: dict[str, np.ndarray] = {}
@@ -139,9 +139,9 @@ class _Leaf:
             self._fill(out, *self._rows[None], ranges)
             return out
         for i, at in enumerate(ranges[0]):
-            layer = at if self._order is None else int(self._order[at])
-            if layer >= 0:
-                self._fill(out[i], *self._rows[layer], ranges[1:])
+            entry = at if self._order is None else int(self._order[at])
+            if entry >= 0:
+                self._fill(out[i], *self._rows[entry], ranges[1:])
         return out
 
     def _fill(self, out: np.ndarray, row: Row, k: int, ranges: Sequence[range]) -> None:

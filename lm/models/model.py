@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.models import stack
+from lm.models import chunk, stack
 from lm.nn.blockwise import NEG, Tokens, cap
 from lm.nn.layers import Learned, Norm, RmsNorm, Side, dropout, make_norm
 from lm.nn.param import param, rows, weight
@@ -138,7 +138,8 @@ class Model(nnx.Module):
         """
         x_BTD = self.embed(tokens_BT, tokens.positions, keys_BT)
         side = self.side(tokens, keys_BT, packed, slot, cached)
-        x_BTD, aux, cache = self.stage(x_BTD, side, cache)
+        how = {"remat": self.config.remat, "scan": self.config.scan}
+        x_BTD, aux, cache = stack.run(self.layers, x_BTD, side, cache, **how)
         return self.norm(x_BTD), aux, cache
 
     def embed(
@@ -166,19 +167,12 @@ class Model(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         side: Side,
-        cache: Any = None,
-        index_L: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
-        """Returns x after the layers that `self.layers` holds, see `stack.run`."""
-        return stack.run(
-            self.layers,
-            x_BTD,
-            side,
-            cache,
-            remat=self.config.remat,
-            scan=self.config.scan,
-            index_L=index_L,
-        )
+        places: chunk.Places,
+        index_l: Int[Array, "l"],
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Returns x after the chunk of layers that `self.layers` holds, see `chunk.run`."""
+        how = {"remat": self.config.remat, "scan": self.config.scan}
+        return chunk.run(self.layers, places, index_l, x_BTD, side, **how)
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         out = sharding.spec("batch", "length", None)

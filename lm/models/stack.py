@@ -20,9 +20,10 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float
 
 from lm import sharding
-from lm.nn import attention, recurrent
+from lm.nn import attention, latent, recurrent
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
+from lm.nn.latent import Latent
 from lm.nn.layers import Norm, RmsNorm, Side, dropout, make_norm
 from lm.nn.moe import Moe
 from lm.nn.param import residual_std
@@ -48,7 +49,7 @@ class Block(nnx.Module):
         layers: (
             int  # of the whole stack: sets the scale of the projections into the stream
         )
-        mixer: Attention.Config | Lstm.Config | Gru.Config
+        mixer: Attention.Config | Latent.Config | Lstm.Config | Gru.Config
         ffn: Mlp.Config | Moe.Config | None  # None: the mixer is all
         norm: Norm
         norms: Norms = "before"
@@ -59,7 +60,6 @@ class Block(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         std, out_std = config.init_std, residual_std(config.layers, config.init_std)
         self.rate = config.dropout
-        self.rope = config.rope
         before, after = config.norms != "after", config.norms != "before"
         norm = functools.partial(make_norm, config.norm, config.dim, "norm", rngs)
         self.norm1 = norm() if before else None
@@ -75,10 +75,7 @@ class Block(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], side: Side, layer: Any, cache: Any = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
         site = layer["index"] * SITES
-        of_mixer = side
-        if side.rope is not None:
-            of_mixer = dataclasses.replace(side, rope=side.rope[self.rope])
-        y_BTD, cache = self.mixer(enter(_by(self.norm1, x_BTD)), of_mixer, cache)
+        y_BTD, cache = self.mixer(enter(_by(self.norm1, x_BTD)), side, cache)
         y_BTD = _by(self.after1, y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site)
         if self.ffn is None:
@@ -91,18 +88,17 @@ class Block(nnx.Module):
         return x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1), aux, cache
 
 
-def _mixer(
-    config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs
-) -> Attention | Lstm | Gru:
-    kind: Any = {Lstm.Config: Lstm, Gru.Config: Gru}.get(type(config.mixer))
-    if kind is not None:
-        return kind(config.mixer, config.dim, std, out_std, rngs)
-    of_heads = (
-        config.norm if isinstance(config.norm, RmsNorm.Config) else RmsNorm.Config()
-    )
-    return Attention(
-        config.mixer, config.dim, config.heads, config.kv_heads, std, out_std, of_heads, rngs
-    )  # fmt: skip
+def _mixer(config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs) -> Any:
+    c, dim, heads = config.mixer, config.dim, config.heads
+    if isinstance(c, Latent.Config):
+        return Latent(c, dim, heads, std, out_std, rngs, config.rope)
+    recurrent: Any = {Lstm.Config: Lstm, Gru.Config: Gru}.get(type(c))
+    if recurrent is not None:
+        return recurrent(c, dim, std, out_std, rngs)
+    rms = isinstance(config.norm, RmsNorm.Config)
+    of_heads: Any = config.norm if rms else RmsNorm.Config()
+    kv_heads, rope = config.kv_heads, config.rope
+    return Attention(c, dim, heads, kv_heads, std, out_std, of_heads, rngs, rope)
 
 
 def _ffn(
@@ -117,10 +113,12 @@ def _ffn(
 def empty_cache(config: Block.Config, batch: int, length: int, dtype: Any) -> Any:
     """Returns what decoding keeps for one layer of such blocks, leaves [B, ...]."""
     mixer = config.mixer
-    if not isinstance(mixer, Attention.Config):
-        return recurrent.empty_cache(mixer, config.dim, batch)
-    head_dim = mixer.head_dim or config.dim // config.heads
-    return attention.init_cache(config.kv_heads, head_dim, batch, length, dtype)
+    if isinstance(mixer, Latent.Config):
+        return latent.init_cache(mixer, batch, length, dtype)
+    if isinstance(mixer, Attention.Config):
+        head_dim = mixer.head_dim or config.dim // config.heads
+        return attention.init_cache(config.kv_heads, head_dim, batch, length, dtype)
+    return recurrent.empty_cache(mixer, config.dim, batch)
 
 
 def _by(norm: Any, x_BTD: Array) -> Array:
@@ -242,7 +240,6 @@ def run(
     *,
     remat: Remat,
     scan: bool,
-    index_L: Array | None = None,
 ) -> tuple[Array, dict[str, Array], Any]:
     """Returns x after all layers, the sum of their aux, and the new cache ([L, …] like the old).
 
@@ -253,12 +250,7 @@ def run(
         cache: of every layer, or None.
         remat: what to keep for the backward.
         scan: over the layers.
-        index_L: int32 numbers of equal layers, where they are not 0, 1, 2, …; a negative one is no
-            layer, and its parameters do nothing.
     """
-    if index_L is not None:
-        layer = {"index": index_L.astype(jnp.uint32), "there": index_L >= 0}
-        return _layers(blocks, layer, x_BTD, side, cache, remat=remat, scan=scan)
     stacks = blocks.stacks if isinstance(blocks, Groups) else [blocks]
     first, sums, caches = 0, [], []
     for one in stacks:
@@ -316,9 +308,6 @@ def _layers(
         block, layer, cache = slices
         x = checkpoint_name(x, "block")
         y, aux, cache = block(x, side, layer, cache)
-        if "there" in layer:
-            y = jnp.where(layer["there"], y, x)
-            aux = jax.tree.map(lambda a: jnp.where(layer["there"], a, 0), aux)
         return y, (aux, cache)
 
     body = policy(remat)(body)
@@ -330,15 +319,15 @@ def _layers(
             jax.tree.map(lambda a, i=i: a[i], (layer, cache)) for i in range(repeats)
         ]
         outs = []
-        for block, one in zip(_unstack(blocks, repeats), slices, strict=True):
+        for block, one in zip(unstack(blocks, repeats), slices, strict=True):
             x_BTD, out = body(x_BTD, (block, *one))
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
     return x_BTD, jax.tree.map(lambda a: a.sum(0), aux), cache
 
 
-def _unstack(blocks: Any, layers: int) -> list[Any]:
-    """Splits every stacked parameter at once, so that its gradient is one concatenation."""
+def unstack(blocks: Any, layers: int) -> list[Any]:
+    """Splits every stacked array at once, so that its gradient is one concatenation."""
 
     def split(a: Array) -> list[Array]:
         return [jnp.squeeze(x, 0) for x in jax.lax.split(a, (1,) * layers, 0)]

@@ -10,6 +10,7 @@ from lm.models.model import Model
 from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.ffn import Mlp
+from lm.nn.latent import Latent
 from lm.nn.layers import Learned, Side
 from lm.nn.moe import Moe
 from lm.nn.rope import Rope, rope_tables
@@ -39,7 +40,7 @@ class Transformer(Model):
     class Config(Model.Config):
         heads: int = 6  # query heads
         kv_heads: int = 6  # key and value heads; heads is a multiple of them
-        attention: Attention.Config = Attention.Config()
+        attention: Attention.Config | Latent.Config = Attention.Config()
         ffn: Mlp.Config | Moe.Config = Mlp.Config()
         positions: Rope | Learned = Rope()
         local: Local | None = None  # layers that see a window only
@@ -58,7 +59,9 @@ class Transformer(Model):
                     f"model.dim={self.dim} is not divisible by model.heads={self.heads}; set "
                     "model.attention.head_dim, or another dim"
                 )
-            if isinstance(self.positions, Rope) and self.head_dim % 2:
+            if isinstance(self.attention, Latent.Config):
+                self._check_latent()
+            if isinstance(self.positions, Rope) and self.rope_dim % 2:
                 raise ConfigError(
                     f"rotary positions need an even head_dim, got {self.head_dim}; set "
                     "model.attention.head_dim or model.positions=Learned"
@@ -73,6 +76,18 @@ class Transformer(Model):
                     "set model.positions=Rope or model.local.positions=none"
                 )
             self._check_experts()
+
+        def _check_latent(self) -> None:
+            if self.kv_heads != self.heads:
+                raise ConfigError(
+                    f"model.kv_heads={self.kv_heads} with model.attention=Latent, whose heads all "
+                    f"have keys of their own; set model.kv_heads={self.heads}"
+                )
+            if self.local is not None or not isinstance(self.positions, Rope):
+                raise ConfigError(
+                    "model.attention=Latent has neither windows nor learned positions; set "
+                    "model.local=none and model.positions=Rope"
+                )
 
         def _check_experts(self) -> None:
             if not isinstance(self.ffn, Moe.Config):
@@ -133,6 +148,12 @@ class Transformer(Model):
             return self.attention.head_dim or self.dim // self.heads
 
         @property
+        def rope_dim(self) -> int:
+            """Entries of a head that are rotated."""
+            c = self.attention
+            return c.rope_dim if isinstance(c, Latent.Config) else self.head_dim
+
+        @property
         def learned(self) -> Learned | None:
             """The learned positions, where it has them."""
             return self.positions if isinstance(self.positions, Learned) else None
@@ -152,5 +173,5 @@ class Transformer(Model):
         ropes = [c.positions]
         if c.local is not None and c.local.positions is not None:
             ropes.append(c.local.positions)
-        rope = tuple(rope_tables(r, c.head_dim, tokens.positions) for r in ropes)
+        rope = tuple(rope_tables(r, c.rope_dim, tokens.positions) for r in ropes)
         return dataclasses.replace(side, rope=rope)

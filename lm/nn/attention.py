@@ -61,8 +61,9 @@ class Attention(nnx.Module):
                     )
 
     def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,
-                 out_std: float, norm: RmsNorm.Config, rngs: nnx.Rngs):  # fmt: skip
-        self.config = config
+                 out_std: float, norm: RmsNorm.Config, rngs: nnx.Rngs,
+                 rope: int = 0):  # fmt: skip
+        self.config, self.rope = config, rope
         self.heads, self.kv_heads = heads, kv_heads
         H = config.head_dim or dim // heads
         self.head_dim = H
@@ -100,7 +101,8 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if side.rope is not None:
-            q, k = rotate(q, side.rope), rotate(k, side.rope)
+            tables = side.rope[self.rope]
+            q, k = rotate(q, tables), rotate(k, tables)
         kv_tokens = side.tokens
         if cache is not None:
             start = (0, side.slot, 0, 0)

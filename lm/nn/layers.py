@@ -130,7 +130,7 @@ class Side:
     """What every block of a stack gets besides the residual stream; travels with its rows."""
 
     tokens: Tokens  # positions and segments of the rows
-    rope: Any = None  # (cos, sin) of `rope_tables`; a tuple of them outside the block
+    rope: Any = None  # (cos, sin) of `rope_tables`, for each kind of position
     keys_BT: Any = None  # from `dropout_keys`; None turns dropout off
     slot: Any = None  # int32[]: where in the cache these tokens go
     cached: Tokens | None = (

@@ -96,8 +96,11 @@ class _Count:
                     for kind in phase.kinds:
                         ticks[kind] += loop.times * phase.ticks
             self.passes = _Passes(*(A * ticks[kind] for kind in "FHB"))
-        # Layers that one pass runs: a chunk of those on a stage.
-        self.layers = prog.places.shape[-1] if prog.staged else self.model.layers
+        # Parts of layers that one pass runs: those of a chunk on a stage.
+        self.mixers = len(prog.computed("mixer"))
+        ffns = prog.computed("ffn")
+        self.sparse = sum(isinstance(c, Moe.Config) for c in ffns)
+        self.dense = len(ffns) - self.sparse
         self.again = (
             self.model.remat != "none" or prog.staged
         )  # the forward, to go back
@@ -128,9 +131,7 @@ class _Count:
     def _uses(self, path: str) -> list[tuple[str, float]]:
         """Returns who uses a parameter, and how much of it at a time: rounds have a chunk each."""
         if path.split("/")[0] == STACK:
-            return [
-                ("layers", 1 / self.prog.places.shape[1] if self.prog.staged else 1.0)
-            ]
+            return [("layers", self.prog.use(path))]
         if path == "embed_vd":
             return (
                 [("lookup", 1.0), ("head", 1.0)]
@@ -197,21 +198,21 @@ class _Count:
         """
         over = self.layout.axes("mlp")
         outs = self._repeated("attention")
-        attention, ffn = self.act, self._routed() or self.act
         split = over and over[0] in self.layout.axes("residual")
-        back = self.passes.backward * self.layers
-        forward = self.passes.forward * self.layers
-        if not split:
-            sums = [(attention, forward + outs + back), (ffn, forward + back)]
-            for operand, times in sums:
-                yield self.term("tensor: layers", "all-reduce", over, operand, times)
-            return
-        again = self.again * back  # both inputs are gathered again
-        for operand, more in ((attention, outs), (ffn, 0)):
-            times = forward + more + back
-            yield self.term("tensor: layers", "reduce-scatter", over, operand, times)
-            times = forward + again + back
-            yield self.term("tensor: layers", "all-gather", over, operand, times)
+        back, forward = self.passes.backward, self.passes.forward
+        again = self.again * back  # inputs are gathered again
+        for operand, count, more in (
+            (self.act, self.mixers, outs),
+            (self.act, self.dense, 0),
+            (self._routed(), self.sparse, 0),
+        ):
+            sums = (forward + back) * count + more
+            if not split:
+                yield self.term("tensor: layers", "all-reduce", over, operand, sums)
+                continue
+            yield self.term("tensor: layers", "reduce-scatter", over, operand, sums)
+            gathers = (forward + again + back) * count
+            yield self.term("tensor: layers", "all-gather", over, operand, gathers)
 
     def _repeated(self, what: str) -> int:
         """How often a part is formed again, in a recomputed layer or in a stage's backward."""
@@ -223,7 +224,7 @@ class _Count:
             "offload": ("attention", "keys"),
         }[self.model.remat]
         again = self.prog.staged or what in formed
-        return self.passes.backward * self.layers * again
+        return self.passes.backward * self.mixers * again
 
     def head(self) -> Iterable[Term]:
         """The vocabulary is split: a row of the embedding is summed over all who may have it, the
@@ -270,8 +271,8 @@ class _Count:
         heads = max(1, self.model.kv_heads // self.layout.size("kv_heads"))
         entries = 2 * self.b * self.t * heads * self.model.head_dim
         shared = entries * self.item + 8 * self.b * self.t
-        forward = self.passes.forward * self.layers
-        back = self.passes.backward * self.layers
+        forward = self.passes.forward * self.mixers
+        back = self.passes.backward * self.mixers
         if self._context() == "ring":
             again = self._repeated("keys")
             kind, size = "collective-permute", (C - 1) * shared
@@ -315,7 +316,8 @@ class _Count:
     def experts(self) -> Iterable[Term]:
         """Buffers go to the experts and come back, both ways; again in a recomputed layer."""
         over = self.layout.axes("expert")
-        sparse = len(self.model.sparse) * self.layers / self.model.layers
         p = self.passes
         runs = 2 * (p.forward + p.backward + self.again * p.backward)
-        yield self.term("experts", "all-to-all", over, self._routed(), runs * sparse)
+        yield self.term(
+            "experts", "all-to-all", over, self._routed(), runs * self.sparse
+        )
