@@ -121,13 +121,18 @@ def test_a_lost_process_ends_the_others(tmp_path, who, number, said):
     ids=("pipe-fsdp-tensor", "data-seq-expert"),
 )
 def test_every_axis_spans_processes(tmp_path, processes, devices, mesh):
-    changed = {**mesh, "train.steps": 4}
-    codes, outputs = finish(start(tmp_path / "many", changed, processes, devices))
+    """And another number of them goes on from where they were."""
+    changed = {**mesh, "optim.schedule": "Constant", "train.steps": 4}
+    codes, outputs = finish(start(tmp_path / "many", changed, processes, devices), 400)
     assert codes == [loop.DONE] * processes, outputs
+    changed["train.steps"] = 8
+    codes, outputs = finish(start(tmp_path / "many", changed, devices, processes), 400)
+    assert codes == [loop.DONE] * devices, outputs
+    assert "resuming from step 4 of 8" in outputs[0]
     alone = {k: v for k, v in changed.items() if not k.startswith("mesh.")}
     one = runs.small(tmp_path / "one", alone)
     assert one.code == loop.DONE, one.err
-    assert same(*(runs.losses(tmp_path / name) for name in ("many", "one"))) == 4
+    assert same(*(runs.losses(tmp_path / name) for name in ("many", "one"))) == 8
 
 
 def test_no_cluster_is_told_with_what_was_looked_for():
