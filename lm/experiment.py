@@ -10,6 +10,7 @@ from lm.config import ConfigError, kind, nearest
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.models import kinds
+from lm.models.recurrent import Recurrent
 from lm.models.timetable import Pipeline
 from lm.models.transformer import Transformer
 from lm.nn.moe import Moe

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lm.config import ConfigError, diff, kind, nearest
+from lm.config import ConfigError, diff, nearest
 from lm.convert import deepseek, gemma, gpt2, gpt_oss, llama, mixtral, qwen, qwen_moe
 from lm.convert.family import Family, essence
 from lm.convert.fields import Fields
@@ -64,13 +64,11 @@ def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
     Raises:
         ConfigError: there is none; the one that misses least is named.
     """
-    if not isinstance(model, Transformer.Config):
-        name = kind(type(model))
-        raise ConfigError(f"model={name}: no family of lm/convert is of this kind")
     wanted, misses = essence(model), []
+    decoder: Any = model
     for family in FAMILIES.values():
         try:
-            data = {"model_type": family.model_type, **family.write(model)}
+            data = {"model_type": family.model_type, **family.write(decoder)}
             _, found = read(data, family.model_type)
         except (AssertionError, ConfigError, KeyError, StopIteration):
             continue

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from lm.config import ConfigError, kind
 from lm.convert.fields import Fields
 from lm.convert.steps import Row
+from lm.models import kinds
 from lm.models.transformer import Transformer
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
@@ -45,8 +47,15 @@ class Family:
     prefix: str = "model."  # which files of a bare base model leave out
 
 
-def essence(model: Transformer.Config) -> Transformer.Config:
-    """Returns the config with what its weights do not depend on at its default."""
+def essence(model: kinds.Config) -> Transformer.Config:
+    """Returns the config with what its weights do not depend on at its default.
+
+    Raises:
+        ConfigError: a model of a kind that has no family.
+    """
+    if not isinstance(model, Transformer.Config):
+        name = kind(type(model))
+        raise ConfigError(f"model={name}: no family of lm/convert is of this kind")
     plain = Transformer.Config()
     model = dataclasses.replace(model, **{name: getattr(plain, name) for name in FREE})
     plain_attention: Any = dataclasses.replace(

@@ -127,8 +127,9 @@ def bring_in(
         path, old, new = changed[0]
         raise ConfigError(f"--set model.{path}={new!r}: the model has {old!r}")
     prog = train.program(experiment, sharding.make_layout(experiment.mesh))
-    table = found.family.table(experiment.model)
-    every = weights.places(experiment.model, table)
+    model: Any = experiment.model
+    table = found.family.table(model)
+    every = weights.places(model, table)
     source = _named(found, table.names())
     vocab = experiment.model.vocab_size
     shapes = {path: x.shape for path, x in prog.shapes.items()}
@@ -232,7 +233,7 @@ def send_out(
     place = epath.Path(to).expanduser()
     if place.exists() and any(place.iterdir()):
         raise ConfigError(f"--to={to} is not empty; choose another directory")
-    model = experiment.model
+    model: Any = experiment.model
     family, data, dtypes = _described(experiment, coder, workdir)
     place.mkdir(parents=True, exist_ok=True)
     table = family.table(model)

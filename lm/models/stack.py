@@ -98,6 +98,7 @@ def _mixer(config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs) -> 
     rms = isinstance(config.norm, RmsNorm.Config)
     of_heads: Any = config.norm if rms else RmsNorm.Config()
     kv_heads, rope = config.kv_heads, config.rope
+    assert isinstance(c, Attention.Config)
     return Attention(c, dim, heads, kv_heads, std, out_std, of_heads, rngs, rope)
 
 

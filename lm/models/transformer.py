@@ -1,6 +1,7 @@
 """Decoder-only Transformer: layers of attention and feed-forward."""
 
 import dataclasses
+from typing import Any
 
 from jaxtyping import Array
 
@@ -167,7 +168,8 @@ class Transformer(Model):
         cached: Tokens | None = None,
     ) -> Side:
         """Returns what every block gets besides the residual stream; arguments as of a call."""
-        side, c = super().side(tokens, keys_BT, packed, slot, cached), self.config
+        side = super().side(tokens, keys_BT, packed, slot, cached)
+        c: Any = self.config
         if not isinstance(c.positions, Rope):
             return side
         ropes = [c.positions]

@@ -49,7 +49,7 @@ class _Mixer(nnx.Module):
 
     gates: int  # G
     parts: int  # P
-    states: int  # arrays of the state
+    states: int  # arrays that the state is made of
 
     def __init__(
         self, config: Any, dim: int, std: float, out_std: float, rngs: nnx.Rngs
@@ -79,10 +79,10 @@ class _Mixer(nnx.Module):
         w_ghk = weight(self.recurrent_ghk, dtype)
         state = cache
         if cache is None:
-            B, H = len(x_BTD), self.config.width(x_BTD.shape[2])
-            state = empty(self.states, B, H)
+            state = empty_cache(self.config, x_BTD.shape[2], len(x_BTD))
         cell = functools.partial(self.cell, self.config)
-        ys_BTH, state = recur(cell, p_BTPH, w_ghk, _kept(side), state)
+        found: Any = recur(cell, p_BTPH, w_ghk, _kept(side), state)
+        ys_BTH, state = found
         out = sharding.spec("batch", "residual", None)
         w_hd = weight(self.out_hd, dtype)
         y_BTD = einsum("bth,hd->btd", ys_BTH, w_hd, out)  # reduce over tensor
@@ -135,17 +135,11 @@ class Gru(_Mixer):
         return jnp.concatenate([reset, update, jnp.zeros_like(new), new], 2)
 
 
-def empty(states: int, batch: int, hidden: int) -> State:
-    """Returns the state before the first token."""
-    over = sharding.spec("batch", "mlp")
-    zero = jnp.zeros((batch, hidden), jnp.float32, out_sharding=over)
-    return (zero,) * states
-
-
 def empty_cache(config: _Config, dim: int, batch: int) -> State:
-    """Returns the cache of one layer before the first token."""
-    states = Lstm.states if isinstance(config, Lstm.Config) else Gru.states
-    return empty(states, batch, config.width(dim))
+    """Returns the state of one layer before the first token."""
+    over, shape = sharding.spec("batch", "mlp"), (batch, config.width(dim))
+    zero = jnp.zeros(shape, jnp.float32, out_sharding=over)
+    return (zero,) * (Lstm.states if isinstance(config, Lstm.Config) else Gru.states)
 
 
 def _kept(side: Side) -> Array:

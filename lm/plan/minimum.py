@@ -15,8 +15,9 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from lm import gradients, sharding
+from lm import config, gradients, sharding
 from lm.config import ConfigError
+from lm.models.transformer import Transformer
 from lm.nn.attend import Case
 from lm.nn.blockwise import Mask
 from lm.nn.moe import Dropless, Moe
@@ -79,6 +80,10 @@ class _Count:
 
     def __init__(self, prog: Program):
         self.prog, self.layout, e = prog, prog.layout, prog.experiment
+        if not isinstance(e.model, Transformer.Config):
+            raise ConfigError(
+                f"model={config.kind(type(e.model))}: there is no formula for it"
+            )
         self.model = e.model
         single = self.model.dtype == "float32" or (
             self.model.dtype == "auto" and self.layout.platform == "cpu"
