@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from lm import batches, metrics
 from lm.data import loader
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import EvalSet, Experiment
+from lm.scores import classes
 from lm.train import Params, Program
 
 AHEAD = 4  # batches that may wait on the device
@@ -41,6 +43,7 @@ def score(
 ) -> dict[str, float]:
     """Returns `loss` (nats a token), `perplexity`, `bits_per_byte`, `accuracy` and `tokens`.
 
+    Of `Classification`, the loss of a text and the scores of classes, see `scores.classes`.
     `accuracy` is the fraction of scored tokens that the model holds for the likeliest.
 
     Args:
@@ -71,6 +74,8 @@ def score(
                 jax.block_until_ready(sums[-AHEAD])
             sums.append(step(params, loader.to_devices(batch, sharding)))
     fetched = jax.device_get(sums)
+    if fetched and "confusion" in fetched[0]:
+        return _of_classes(prog.experiment.objective, fetched)
     nll, tokens, text, correct = (
         float(np.sum([np.float64(s[k]) for s in fetched]))
         for k in ("nll", "tokens", "bytes", "correct")
@@ -84,3 +89,11 @@ def score(
     }
     bits = metrics.bits_per_byte(loss, tokens, text)
     return result if bits is None else {**result, "bits_per_byte": bits}
+
+
+def _of_classes(objective: Any, fetched: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns `loss` (nats a text) and the scores of classes, see `scores.classes`."""
+    counts = np.sum([np.rint(s["confusion"]).astype(np.int64) for s in fetched], 0)
+    nll = float(np.sum([np.float64(s["nll"]) for s in fetched]))
+    found = classes.scores(counts, objective.labels)
+    return {"loss": nll / max(int(counts.sum()), 1), **found}

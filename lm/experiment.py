@@ -10,6 +10,7 @@ from lm.config import ConfigError, kind, nearest
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.models import kinds
+from lm.models.encoder import Encoder
 from lm.models.recurrent import Recurrent
 from lm.models.timetable import Pipeline
 from lm.models.transformer import Transformer
@@ -182,7 +183,12 @@ class Experiment:
                 f"model.positions.length={positions.length} is less than "
                 f"data.length={self.data.length}: raise it, or use --set model.positions=Rope"
             )
-        refuse(self.objective)
+        refuse(self.objective, self.model)
+        if isinstance(self.model, Encoder.Config) and self.generate.prompts:
+            raise ConfigError(
+                f"generate.prompts={self.generate.prompts}: model=Encoder reads whole texts and "
+                "continues none; set generate.prompts=()"
+            )
         batches.check(self.objective, self.data)
         more = batches.added(self.objective)
         size = 257 + more

@@ -27,6 +27,7 @@ from lm import sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
+from lm.models.encoder import Encoder
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import Tokens
@@ -78,6 +79,8 @@ def texts(
     """
     if not prompts:
         return []
+    if isinstance(prog.experiment.model, Encoder.Config):
+        raise ConfigError("model=Encoder reads whole texts and continues none")
     context = prog.experiment.data.length
     ids = encode(coder, prompts, context)
     longest = max(map(len, ids))

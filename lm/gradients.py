@@ -180,7 +180,7 @@ def _staged(
         model = prog.model({**params, **rest})
         objective = prog.experiment.objective
         total, sums = objectives.score(
-            objective, model, model.norm(x), batch, graded=forward
+            objective, model, model.final(x), batch, graded=forward
         )
         return total / count, sums
 

@@ -20,16 +20,19 @@ from lm.batches import (
     Causal,
     Classification,
     CrossEntropy,
-    Masked,
     Objective,
     Prefix,
     Seq2Seq,
     SpanCorruption,
 )
 from lm.config import ConfigError, kind
+from lm.models import kinds
+from lm.models.encoder import Encoder
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
+from lm.nn.heads import Classes, Words
+from lm.scores import classes
 
 __all__ = ["Causal"]  # from here, as an experiment would look for it
 
@@ -38,24 +41,40 @@ Batch = dict[
 ]  # tokens, targets, segments, positions [B, T]; weights; bytes, index [B]
 
 
-NEEDS = {  # what the decoder there is lacks
-    Masked: "an encoder",
+NEEDS = {  # what no model there is has
     SpanCorruption: "an encoder and a decoder",
     Seq2Seq: "an encoder and a decoder",
-    Classification: "a head for classes",
 }
 
 
-def refuse(objective: Objective) -> None:
-    """Refuses an objective that no model here can be trained by yet.
+def refuse(objective: Objective, model: kinds.Config) -> None:
+    """Refuses an objective that the model cannot be trained by.
 
     Raises:
         ConfigError: what it lacks, and what can be used.
     """
+    name, has = kind(type(objective)), kind(type(model))
+    fits, head = ("Causal", "Prefix", "Sft"), None
+    if isinstance(model, Encoder.Config):
+        head = model.head
+        fits = ("Masked",) if isinstance(head, Words.Config) else ("Classification",)
+        has = f"{has} with model.head={kind(type(head))}"
     if need := NEEDS.get(type(objective)):
         raise ConfigError(
-            f"objective={kind(type(objective))} needs {need}, and the model is a decoder of "
-            "text; use objective=Causal, Prefix or Sft"
+            f"objective={name} needs {need}, and model={has}; use objective="
+            f"{' or '.join(fits)}"
+        )
+    if name not in fits:
+        raise ConfigError(
+            f"objective={name} does not go with model={has}, which is trained by "
+            f"{' or '.join(fits)}; Masked needs model=Encoder, and Classification that with "
+            "model.head=Classes"
+        )
+    labels = len(getattr(objective, "labels", ()))
+    if isinstance(head, Classes.Config) and head.classes != labels:
+        raise ConfigError(
+            f"model.head.classes={head.classes}, but objective.labels has {labels}; set "
+            f"model.head.classes={labels}"
         )
     if isinstance(objective, Prefix) and objective.attention != "causal":
         raise ConfigError(
@@ -106,6 +125,9 @@ def score(
     graded: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns what `causal` does, from the hidden states after the last norm."""
+    if isinstance(objective, Classification):
+        assert isinstance(model, Encoder)
+        return _classified(model, x_BTD, batch, graded)
     assert isinstance(objective, CrossEntropy)  # what `refuse` lets through
     head = Head(
         vocab=model.config.vocab_size,
@@ -113,14 +135,42 @@ def score(
         chunk=objective.chunk,
         z_loss=objective.z_loss,
         smoothing=objective.label_smoothing,
+        bias=model.head_bias is not None,
     )
     states = (x_BTD, model.head()[...], batch["targets"], batch["weights"])
+    if model.head_bias is not None:
+        states = (*states, model.head_bias[...])
     if graded:
         loss, nll, correct = (x.sum() for x in _region(head, False)(*states))
     else:
         (loss, nll), correct = cross_entropy(head, *states), None
     sums = {"nll": nll, "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
     return loss, sums if correct is None else {**sums, "correct": correct}
+
+
+def _classified(
+    model: Encoder, x_BTD: Array, batch: Batch, graded: bool
+) -> tuple[Array, dict[str, Array]]:
+    """Cross-entropy of a text's class; where `graded`, the sums have a matrix of counts, too."""
+    tokens = Tokens(batch["positions"], batch["segments"])
+    logits_BC = model.classes(x_BTD, tokens)
+    hit_BC = jax.nn.one_hot(batch["targets"], logits_BC.shape[1])
+    nll_B = -(jax.nn.log_softmax(logits_BC) * hit_BC).sum(1)
+    loss, count = (nll_B * batch["weights"]).sum(), batch["weights"].sum()
+    sums = {"nll": loss, "tokens": count, "bytes": jnp.zeros((), jnp.int32)}
+    if graded:
+        found_B = logits_BC.argmax(1)
+        sums["confusion"] = classes.confusion(
+            found_B, batch["targets"], batch["weights"], logits_BC.shape[1]
+        )
+    return loss, sums
+
+
+def plain(objective: Objective) -> Objective:
+    """Returns the objective as evaluations score it: without z-loss or smoothing."""
+    if not isinstance(objective, CrossEntropy):
+        return objective
+    return dataclasses.replace(objective, z_loss=0.0, label_smoothing=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +182,7 @@ class Head:
     chunk: int
     z_loss: float
     smoothing: float
+    bias: bool = False  # every id has a shift of its own
 
 
 def cross_entropy(
@@ -140,6 +191,7 @@ def cross_entropy(
     w_VD: Float[Array, "V D"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
+    bias_V: Float[Array, "V"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the weighted loss and the weighted negative log-likelihood, fp32 sums over tokens.
 
@@ -149,26 +201,31 @@ def cross_entropy(
     and target logit are reduced over them, and the weight is gathered over fsdp, in the dtype of x,
     and its gradient reduced back. Only the loss is differentiable, not the second result.
     """
-    return _cross_entropy(head, x_BTD, w_VD, targets_BT, weights_BT)
+    return _cross_entropy(head, x_BTD, w_VD, targets_BT, weights_BT, bias_V)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(head, x, w, targets, weights):
-    loss, nll, _ = _region(head, False)(x, w, targets, weights)
+def _cross_entropy(head, *states):
+    loss, nll, _ = _region(head, False)(*_there(states))
     return loss.sum(), nll.sum()
 
 
-def _fwd(head, x, w, targets, weights):
-    loss, nll, dx, dw = _region(head, True)(x, w, targets, weights)
-    return (loss.sum(), nll.sum()), (dx, dw, weights)
+def _there(states):
+    return [a for a in states if a is not None]
+
+
+def _fwd(head, *states):
+    loss, nll, dx, dw, *db = _region(head, True)(*_there(states))
+    return (loss.sum(), nll.sum()), (dx, dw, db, states[3])
 
 
 def _bwd(head, saved, cotangents):
-    dx, dw, weights = saved
+    dx, dw, db, weights = saved
     g = cotangents[0]
+    db = (db[0] * g).sum(0) if db else None
     # An all-reduce; XLA adds a tied embedding's other gradient first, and reduces once.
     dw = (dw * g).sum(0)
-    return (dx * g).astype(dx.dtype), dw, None, jnp.zeros_like(weights)
+    return (dx * g).astype(dx.dtype), dw, None, jnp.zeros_like(weights), db
 
 
 _cross_entropy.defvjp(_fwd, _bwd)
@@ -185,9 +242,13 @@ def _region(head: Head, gradient: bool):
     row = sharding.spec("batch")  # one partial sum for each device's rows
     lead = axes.rest[0] if len(axes.rest) == 1 else axes.rest or None
     parts = P(lead, *w_spec)
+    ins = (x_spec, w_spec, tokens, tokens)
     outs = (row, row, x_spec, parts) if gradient else (row, row, row)
+    if head.bias:
+        ins = (*ins, P(w_spec[0]))
+        outs = (*outs, P(lead, w_spec[0])) if gradient else outs
     body = functools.partial(_chunks, head, axes, gradient)
-    return manual.region(body, (x_spec, w_spec, tokens, tokens), outs)
+    return manual.region(body, ins, outs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,9 +274,9 @@ class Axes:
         return cls(vocab, embed, batch + length, length, stream)
 
 
-def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
+def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights, bias=None):
     """Loss of one device's tokens: x [b, t, D] or a share of t, w [v, d], targets and weights
-    [b, t]."""
+    [b, t], bias [v]."""
     D = x.shape[-1]
     if axes.stream:
         x = lax.all_gather(x, axes.stream, axis=1, tiled=True)
@@ -228,19 +289,22 @@ def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
     c = _chunk(head.chunk, targets.size)
     parts = (x.reshape(-1, c, D), targets.reshape(-1, c), weights.reshape(-1, c))
 
-    def step(dw, part):
+    def step(carry, part):
         x_CD, target_C, weight_C = part
-        out = _one_chunk(head, axes, x_CD, w, ids, target_C, weight_C, gradient)
+        out = _one_chunk(head, axes, x_CD, w, bias, ids, target_C, weight_C, gradient)
         if not gradient:
-            return dw, out
-        loss, nll, dz_CV = out
+            return carry, out
+        (dw, db), (loss, nll, dz_CV) = carry, out
         dw = dw + jnp.einsum(
             "cv,cd->vd", dz_CV, x_CD, preferred_element_type=jnp.float32
         )
-        return dw, (loss, nll, jnp.einsum("cv,vd->cd", dz_CV, w))
+        if db is not None:
+            db = db + dz_CV.astype(jnp.float32).sum(0)
+        return (dw, db), (loss, nll, jnp.einsum("cv,vd->cd", dz_CV, w))
 
     zero = jnp.zeros(w.shape, jnp.float32) if gradient else None
-    dw, (loss, nll, last) = lax.scan(step, zero, parts)
+    zero_v = jnp.zeros(v, jnp.float32) if gradient and bias is not None else None
+    (dw, db), (loss, nll, last) = lax.scan(step, (zero, zero_v), parts)
     loss, nll = loss.sum()[None], nll.sum()[None]
     if not gradient:
         sums = (loss, nll, last.sum()[None])
@@ -255,12 +319,14 @@ def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
         dx = lax.psum(dx, whole)
     if axes.embed:
         dw = lax.psum_scatter(dw, axes.embed, scatter_dimension=1, tiled=True)
+        db = lax.psum(db, axes.embed) if db is not None else None
     assert dw is not None
-    return loss, nll, dx, dw[None]
+    rest = () if db is None else (db[None],)
+    return loss, nll, dx, dw[None], *rest
 
 
 def _one_chunk(
-    head: Head, axes: Axes, x_CD, w, ids, target_C, weight_C, gradient: bool
+    head: Head, axes: Axes, x_CD, w, bias, ids, target_C, weight_C, gradient: bool
 ):
     """Returns the chunk's loss, its negative log-likelihood and the gradient of its logits.
 
@@ -268,6 +334,8 @@ def _one_chunk(
     several equally likely the first counts.
     """
     z_CV = jnp.einsum("cd,vd->cv", x_CD, w, preferred_element_type=jnp.float32)
+    if bias is not None:
+        z_CV = z_CV + bias[None]
     z_CV, slope = cap(head.softcap, z_CV)
     real = ids < head.vocab
     z_CV = jnp.where(real[None], z_CV, NEG)

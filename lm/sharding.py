@@ -112,6 +112,9 @@ class Rules:
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor", "pipe")
     expert: tuple[str, ...] = ("expert",)
+    feature: tuple[
+        str, ...
+    ] = ()  # what the head of an encoder has: hidden units, classes
     gate: tuple[str, ...] = ()  # of a recurrent layer, each a matrix
     choice: tuple[str, ...] = ()  # the experts that a router scores: every token all
     balance: tuple[str, ...] = ()  # biases of that choice, moved by counts, not trained

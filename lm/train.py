@@ -166,9 +166,7 @@ def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metric
     """Returns the compiled function from parameters and a batch to the sums of its scores."""
 
     def eval_step(params: Params, batch: objectives.Batch) -> Metrics:
-        plain = dataclasses.replace(
-            prog.experiment.objective, z_loss=0.0, label_smoothing=0.0
-        )
+        plain = objectives.plain(prog.experiment.objective)
         if prog.staged:
             return gradients.scores(prog, plain, params, batch)
         _, sums = objectives.causal(

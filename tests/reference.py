@@ -12,12 +12,15 @@ import numpy as np
 import toy
 
 from lm import sharding
+from lm.batches import Classification
 from lm.experiment import Experiment
 from lm.models import stack
+from lm.models.encoder import Encoder
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 from lm.nn.blockwise import Mask, Tokens
 from lm.nn.ffn import Mlp
+from lm.nn.heads import Classes
 from lm.nn.layers import LayerNorm, dropout, dropout_keys
 from lm.nn.moe import Moe, Softmax
 from lm.nn.recurrent import Gru
@@ -80,10 +83,11 @@ def _mixer(c: Any, p, x, batch):
         k = rms(k) * p["mixer/key_norm/scale_d"]
     if isinstance(c.positions, Rope):
         q, k = (_rope(a, batch["positions"], c.positions.base) for a in (q, k))
-    q = q.reshape(*q.shape[:2], c.kv_heads, -1, q.shape[-1])
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     tokens = Tokens(batch["positions"], batch["segments"])
     mask = Mask(
         scale=q.shape[-1] ** -0.5,
+        causal=c.attention.causal,
         window=c.attention.window,
         softcap=c.attention.softcap,
     )
@@ -172,6 +176,8 @@ def _logits(c: Transformer.Config, p, batch, masks):
     x = p["embed_vd"][batch["tokens"]]
     if "position_pd" in p:
         x = x + p["position_pd"][batch["positions"]]
+    if isinstance(c, Encoder.Config):
+        x = _norm(p, "norm", c.norm, x + p["type_cd"][0])
     x, routed = x * masks[-1], []
     for i in range(c.layers):
         prefix, entry = _place(c, i)
@@ -182,7 +188,7 @@ def _logits(c: Transformer.Config, p, batch, masks):
         }
         h = _by(layer, "norm1", c.norm, x)
         y = _by(layer, "after1", c.norm, _mixer(c, layer, h, batch))
-        x = x + y * masks[2 * i]
+        x = _by(layer, "sum1", c.norm, x + y * masks[2 * i])
         if c.ffn is None:
             continue
         h = _by(layer, "norm2", c.norm, x)
@@ -193,6 +199,9 @@ def _logits(c: Transformer.Config, p, batch, masks):
         else:
             y = _mlp(c.ffn.dense if isinstance(c.ffn, Moe.Config) else c.ffn, ffn, h)
         x = x + _by(layer, "after2", c.norm, y) * masks[2 * i + 1]
+        x = _by(layer, "sum2", c.norm, x)
+    if isinstance(c, Encoder.Config):
+        return _ended(c, p, x, batch)
     x = _norm(p, "norm", c.norm, x)
     z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
     if c.head_softcap is not None:
@@ -200,10 +209,27 @@ def _logits(c: Transformer.Config, p, batch, masks):
     return x, z, routed
 
 
+def _ended(c: Encoder.Config, p, x, batch):
+    """Returns what an encoder's head takes, its logits of ids or of classes, and no routing."""
+    if isinstance(c.head, Classes.Config):
+        there = batch["segments"] > 0
+        if c.head.pool == "first":
+            there = there & (batch["positions"] == 0)
+        mean = (x * there[..., None]).sum(1) / jnp.maximum(there.sum(1), 1)[:, None]
+        h = jnp.tanh(mean @ p["end/dense_de"] + p["end/dense_bias_e"])
+        return x, h @ p["end/class_dc"] + p["end/class_bias_c"], []
+    h = jax.nn.gelu(x @ p["end/dense_de"] + p["end/dense_bias_e"])
+    h = _norm(p, "end/after", LayerNorm.Config(eps=c.head.eps), h)
+    z = h @ p["embed_vd"][: c.vocab_size].T + p["end/bias_v"][: c.vocab_size]
+    return h, z, []
+
+
 def token_loss(objective, z, targets):
     """Returns each token's loss [...] from its logits [..., V] over the true vocabulary."""
     lse = jax.nn.logsumexp(z, -1)
     nll = lse - jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
+    if isinstance(objective, Classification):
+        return nll
     smooth = objective.label_smoothing
     mixed = (1 - smooth) * nll + smooth * (lse - z.mean(-1))
     return mixed + objective.z_loss * lse**2
@@ -215,7 +241,7 @@ def _compiled(c: Transformer.Config, objective: Any):
         _, z, routed = _logits(c, p, batch, masks)
         each = token_loss(objective, z, batch["targets"])
         rows = sum((losses for losses, _, _ in routed), jnp.zeros(len(z)))
-        each = each + rows[:, None]
+        each = each + (rows[:, None] if routed else 0)
         return (each * batch["weights"]).sum() / batch["weights"].sum()
 
     return jax.jit(jax.value_and_grad(loss)), jax.jit(functools.partial(_logits, c))

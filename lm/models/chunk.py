@@ -24,7 +24,10 @@ from lm.models import stack
 from lm.nn.layers import Side
 
 # Of a block; all that has parameters. Blocks of a model all have the same ones.
-PARTS = ("norm1", "mixer", "after1", "norm2", "ffn", "after2")
+PARTS = (
+    *("norm1", "mixer", "after1", "sum1"),
+    *("norm2", "ffn", "after2", "sum2"),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

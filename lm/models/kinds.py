@@ -1,16 +1,19 @@
 """Every kind of model that an experiment may have."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from flax import nnx
 
+from lm.models.encoder import Encoder
 from lm.models.model import Model
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 
-Config: TypeAlias = Transformer.Config | Recurrent.Config
+Config: TypeAlias = Transformer.Config | Recurrent.Config | Encoder.Config
 
-_MODELS = {model.Config: model for model in (Transformer, Recurrent)}
+_MODELS: dict[Any, Any] = {
+    model.Config: model for model in (Transformer, Recurrent, Encoder)
+}
 
 
 def build(config: Config, rngs: nnx.Rngs) -> Model:

@@ -140,7 +140,11 @@ class Model(nnx.Module):
         side = self.side(tokens, keys_BT, packed, slot, cached)
         how = {"remat": self.config.remat, "scan": self.config.scan}
         x_BTD, aux, cache = stack.run(self.layers, x_BTD, side, cache, **how)
-        return self.norm(x_BTD), aux, cache
+        return self.final(x_BTD), aux, cache
+
+    def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns what the head takes, from what the last layer returned."""
+        return self.norm(x_BTD)
 
     def embed(
         self,
@@ -190,6 +194,11 @@ class Model(nnx.Module):
         """Returns the parameter [V, D] that turns hidden states into logits."""
         return self.embed_vd if self.config.tied else self.head_vd
 
+    @property
+    def head_bias(self) -> nnx.Param | None:
+        """The shift [V] of each id's logit, where there is one."""
+        return None
+
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns fp32 logits; ids that are padding of the vocabulary get -1e30."""
         w_vd = weight(self.head(), x_BTD.dtype)
@@ -197,6 +206,8 @@ class Model(nnx.Module):
         logits = jnp.einsum(
             "btd,vd->btv", x_BTD, w_vd, preferred_element_type=jnp.float32
         )
+        if self.head_bias is not None:
+            logits = logits + self.head_bias[...][None, None]
         logits, _ = cap(self.config.head_softcap, logits)
         real = jnp.arange(self.config.vocab_rows) < self.config.vocab_size
         return jnp.where(real[None, None], logits, NEG)

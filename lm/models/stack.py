@@ -29,7 +29,7 @@ from lm.nn.moe import Moe
 from lm.nn.param import residual_std
 from lm.nn.recurrent import Gru, Lstm
 
-Norms = Literal["before", "after", "both"]
+Norms = Literal["before", "after", "both", "post"]
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 SITES = 4  # places with dropout of their own: two in a block, the embedding, one spare
 
@@ -38,7 +38,8 @@ class Block(nnx.Module):
     """Mix the tokens, then feed each forward.
 
     Norms stand before both (pre-norm, Xiong et al. 2020), after both, in front of the sum with the
-    residual stream (OLMo 2, §3.2), or in both places (Gemma 2).
+    residual stream (OLMo 2, §3.2), or in both places (Gemma 2); or on the sum (post-norm, Vaswani
+    et al. 2017).
     """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,15 +61,18 @@ class Block(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         std, out_std = config.init_std, residual_std(config.layers, config.init_std)
         self.rate = config.dropout
-        before, after = config.norms != "after", config.norms != "before"
+        before, after = (config.norms in (own, "both") for own in ("before", "after"))
+        post = config.norms == "post"
         norm = functools.partial(make_norm, config.norm, config.dim, "norm", rngs)
         self.norm1 = norm() if before else None
         self.mixer = _mixer(config, std, out_std, rngs)
         self.after1 = norm() if after else None
+        self.sum1 = norm() if post else None
         there = config.ffn is not None
         self.norm2 = norm() if before and there else None
         self.ffn = _ffn(config, std, out_std, rngs)
         self.after2 = norm() if after and there else None
+        self.sum2 = norm() if post and there else None
         self.layers = config.layers
 
     def __call__(
@@ -78,6 +82,7 @@ class Block(nnx.Module):
         y_BTD, cache = self.mixer(enter(_by(self.norm1, x_BTD)), side, cache)
         y_BTD = _by(self.after1, y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site)
+        x_BTD = _by(self.sum1, x_BTD)
         if self.ffn is None:
             return x_BTD, {}, cache
         y_BTD, aux = self.ffn(enter(_by(self.norm2, x_BTD)), side)
@@ -85,7 +90,8 @@ class Block(nnx.Module):
         if "moe_load_E" in aux:  # a line of each layer's own, so that a sum keeps them
             mine_L = jnp.arange(self.layers) == layer["index"]
             aux["moe_load_LE"] = mine_L[:, None] * aux.pop("moe_load_E")[None]
-        return x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1), aux, cache
+        x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1)
+        return _by(self.sum2, x_BTD), aux, cache
 
 
 def _mixer(config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs) -> Any:

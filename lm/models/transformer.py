@@ -76,6 +76,14 @@ class Transformer(Model):
                     "model.local.positions: rotary positions of some layers beside learned ones; "
                     "set model.positions=Rope or model.local.positions=none"
                 )
+            if (
+                isinstance(self.attention, Attention.Config)
+                and not self.attention.causal
+            ):
+                raise ConfigError(
+                    "model.attention.causal=false: a decoder would see what it predicts; set it to "
+                    "true, or model=Encoder"
+                )
             self._check_experts()
 
         def _check_latent(self) -> None:

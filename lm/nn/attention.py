@@ -25,13 +25,14 @@ from lm.nn.param import einsum, gather, param, stored, weight
 
 
 class Attention(nnx.Module):
-    """Mixes each token with the earlier ones of its own segment."""
+    """Mixes each token with those of its own segment, or only the earlier ones."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
         head_dim: int | None = None  # entries of a head; None: dim / heads
         bias: bool = False  # learned shifts of queries, keys and values
         out_bias: bool = False  # a learned shift of the output
+        causal: bool = True  # a query sees no later key; False: all of its segment
         qk_norm: bool = False  # RMS norm of each head's queries and keys
         scale: float | None = None  # of the scores; None: head_dim ** -0.5
         sinks: bool = (
@@ -114,6 +115,7 @@ class Attention(nnx.Module):
             cache, kv_tokens = (k, v), side.cached
         mask = Mask(
             scale=self.config.scale or self.head_dim**-0.5,
+            causal=self.config.causal,
             window=self.config.window,
             softcap=self.config.softcap,
             ordered=cache is None,

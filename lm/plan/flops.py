@@ -1,9 +1,11 @@
 """Floating-point operations of a model, counted from its config (a multiply-add is two)."""
 
 from lm.models import kinds
+from lm.models.encoder import Encoder
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
+from lm.nn.heads import Words
 from lm.nn.latent import Latent
 from lm.nn.moe import Moe
 from lm.nn.recurrent import Gru, Lstm
@@ -20,6 +22,8 @@ def forward(config: kinds.Config, length: int, *, causal: bool) -> float:
     c = config
     if isinstance(c, Recurrent.Config):
         return 2.0 * (c.layers * _recurrent(c) + c.vocab_rows * c.dim)
+    if isinstance(c, Encoder.Config):
+        return _encoder(c, length)
     weights = c.layers * _projections(c) + _feed_forward(c) + c.vocab_rows * c.dim
     return 2.0 * weights + 2.0 * c.heads * _head(c) * _keys(c, length, causal=causal)
 
@@ -67,6 +71,15 @@ def _feed_forward(c: Transformer.Config) -> int:
     active = _mlp(c.ffn.expert(c.dim), c.dim) * (c.ffn.top_k + c.ffn.shared)
     sparse = len(c.sparse) * (active + c.dim * c.ffn.experts)
     return sparse + (c.layers - len(c.sparse)) * _mlp(c.ffn.dense, c.dim)
+
+
+def _encoder(c: Encoder.Config, length: int) -> float:
+    """Returns the operations a token; every query sees the whole row."""
+    wide = c.heads * (c.attention.head_dim or c.dim // c.heads)
+    weights = c.layers * (4 * c.dim * wide + _mlp(c.ffn, c.dim))
+    if isinstance(c.head, Words.Config):
+        weights += c.dim * (c.dim + c.vocab_rows)
+    return 2.0 * weights + 4.0 * c.layers * wide * length
 
 
 def _recurrent(c: Recurrent.Config) -> int:
