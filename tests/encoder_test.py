@@ -120,7 +120,10 @@ def test_texts_are_classified_by_a_run(tmp_path):
     ("sets", "words"),
     [
         (["objective=Masked"], ["objective=Masked", "model=Transformer", "Encoder"]),
-        ([*WORDS, "objective=Causal"], ["objective=Causal does not go with model=Encoder"]),
+        (
+            [*WORDS, "objective=Causal"],
+            ["objective=Causal does not go with model=Encoder"],
+        ),
         ([*CLASSES[:-1], "model.head.classes=4"], ["model.head.classes=3"]),
         ([*WORDS, "generate.prompts=a"], ["continues none", "generate.prompts=()"]),
         ([*WORDS, "model.attention.causal=true"], ["sees both sides"]),

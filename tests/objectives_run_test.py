@@ -63,12 +63,15 @@ def test_prefixes_train_with_causal_attention(tmp_path):
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
-        (["objective=Masked"], ["objective=Masked needs an encoder"]),
+        (
+            ["objective=Masked"],
+            ["objective=Masked does not go", "Masked needs model=Encoder"],
+        ),
         (["objective=SpanCorruption"], ["needs an encoder and a decoder"]),
         (["objective=Seq2Seq"], ["needs an encoder and a decoder"]),
         (
             ["objective=Classification", "objective.labels=a,b"],
-            ["needs a head for classes", "use objective=Causal, Prefix or Sft"],
+            ["which is trained by Causal or Prefix or Sft", "model.head=Classes"],
         ),
         (
             ["objective=Prefix", "objective.attention=bidirectional"],
