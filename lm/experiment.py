@@ -253,17 +253,6 @@ class Experiment:
                 "on a CPU use model.remat=full"
             )
         self._fit_experts(layout.size("expert"))
-        ffn = self.model.ffn
-        if (
-            stages > 1
-            and isinstance(ffn, Moe.Config)
-            and ffn.dense_first + ffn.every > 1
-        ):
-            raise ConfigError(
-                f"mesh.pipe={stages}: the stages of a pipeline take equal layers, but "
-                f"model.ffn.dense_first={ffn.dense_first} and every={ffn.every}; set them to 0 "
-                "and 1, or mesh.pipe=1"
-            )
         rows = layout.size("vocab")
         if self.model.vocab_rows % rows:
             raise ConfigError(

@@ -62,7 +62,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
     prog = train.program(experiment, sharding.make_layout(experiment.mesh))
     primary = jax.process_index() == 0
     say = _say if primary else _silent
-    say(_describe(prog))
+    say("\n".join([_describe(prog), *prog.unused]))
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
     coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
@@ -322,13 +322,20 @@ def _describe(prog: Program) -> str:
 
 
 def _flow(prog: Program) -> str:
-    """How microbatches flow through the stages, and where layers do not divide."""
+    """How microbatches flow through the stages, where layers do not divide, and what is computed
+    in vain because stages have layers of different kinds."""
     table = gradients.table(prog)
     held = (prog.places >= 0).sum((1, 2))
     uneven = "" if len(set(held)) == 1 else f", layers {'+'.join(map(str, held))}"
+    scored = prog.eval_microbatches
+    fewer = "" if scored == table.microbatches else f" ({scored} in evaluation)"
+    places = prog.places.shape[-1]
+    more = {part: len(prog.computed(part)) - places for part in ("mixer", "ffn")}
+    again = " and ".join(f"{n} {part}" for part, n in more.items() if n)
     return (
-        f"{prog.experiment.pipeline.schedule}, {table.microbatches} microbatches, "
+        f"{prog.experiment.pipeline.schedule}, {table.microbatches} microbatches{fewer}, "
         f"bubble {table.bubble:.0%}{uneven}"
+        + (f", {again} more than a chunk of {places} needs" if again else "")
     )
 
 

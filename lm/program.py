@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lm import config, executables, optim, sharding, trees
 from lm.experiment import Experiment
-from lm.models import timetable
+from lm.models import chunk, stack, timetable
 from lm.models.transformer import Transformer
 
 Params = dict[str, Any]
@@ -38,9 +38,15 @@ class Program:
     updates: dict[
         str, P
     ]  # where they are updated: `specs`, split over data too by ZeRO-1
+    working: dict[str, P]  # where a step computes with them: `specs`, or gathered
     optimizer: optax.GradientTransformationExtraArgs
     rate: Callable[[Any], Array]  # learning rate by step
-    places: np.ndarray  # int [P, v, l]: the layer in each place, -1: none
+    chunks: chunk.Places  # which layer lies in which place of which stage
+
+    @property
+    def places(self) -> np.ndarray:
+        """int [P, v, l]: the layer in each place, -1: none."""
+        return self.chunks.layers
 
     def model(self, params: Params) -> Transformer:
         """Returns the model with these parameters."""
@@ -55,6 +61,32 @@ class Program:
     def staged(self) -> bool:
         """Whether the layers lie on the stages of a pipeline."""
         return len(self.places) > 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether stored weights are gathered, and held so with their gradients, once a step."""
+        return self.working != self.specs
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Logical axes whose devices each add up a gradient of all that they compute with."""
+        return ("replica", "embed") if self.whole else ("replica",)
+
+    @property
+    def unused(self) -> list[str]:
+        """Lines on settings of the pipeline that do nothing on this mesh."""
+        chosen, usual = self.experiment.pipeline, timetable.Pipeline()
+        fields = [f.name for f in dataclasses.fields(chosen)]
+        changed = {
+            name: f"pipeline.{name}={getattr(chosen, name)}"
+            for name in fields
+            if getattr(chosen, name) != getattr(usual, name)
+        }
+        if changed and not self.staged:
+            return [f"mesh.pipe=1: {', '.join(changed.values())} not used"]
+        if "gather" in changed and not self.whole:
+            return [f"mesh.fsdp=1: {changed['gather']} not used, nothing is gathered"]
+        return []
 
     @property
     def packed(self) -> bool:
@@ -74,11 +106,40 @@ class Program:
         fits = (n for n in range(group, self.microbatches + 1, group) if rows % n == 0)
         return max(fits, default=0)
 
+    def rows(self, path: str) -> np.ndarray:
+        """Returns int [P, v, n]: which row of a stacked parameter, in the order of layers, lies
+        where in memory; -1: none."""
+        return self.chunks.rows(_stack(self.chunks, path))
+
+    def layers(self, path: str) -> list[int]:
+        """Returns the numbers of a stacked parameter's layers."""
+        return self.chunks.stacks[_stack(self.chunks, path)]
+
+    def computed(self, part: str) -> list[Any]:
+        """Returns the configs of a part (`mixer`, `ffn`) that a device computes one after another:
+        of every layer, or of a chunk's places and all kinds that stages have there."""
+        blocks = self.experiment.model.blocks
+        if self.staged:
+            return self.chunks.computed(blocks, part)
+        return [getattr(block, part) for block in blocks]
+
+    def use(self, path: str) -> float:
+        """Returns how much of a stacked parameter on a device is used at a time."""
+        if not self.staged:
+            return 1.0
+        stack_path = _stack(self.chunks, path)
+        part = (
+            path.removeprefix(f"{STACK}/").removeprefix(f"{stack_path}/").split("/")[0]
+        )
+        part = "norm" if part.startswith("norm") else part
+        share = self.chunks.share(self.experiment.model.blocks, stack_path, part)
+        return share / self.places.shape[1]
+
     @property
-    def rows(self) -> np.ndarray | None:
-        """The layer in each row of a stacked parameter (-1: none), if not simply 0, 1, 2, …."""
-        rows = self.places.ravel()
-        return None if np.array_equal(rows, np.arange(len(rows))) else rows
+    def ordered(self) -> bool:
+        """Whether every row of the stacks lies in memory in the order of layers."""
+        rows = (self.rows(path).ravel() for path in self.axes if _stacked(path))
+        return all(np.array_equal(r, np.arange(len(r))) for r in rows)
 
     def batch_sharding(self) -> jax.sharding.NamedSharding:
         """Returns the sharding of a [B, T] batch."""
@@ -137,7 +198,10 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
     experiment.fit(layout)
     stages = layout.size("layers")
     rounds = experiment.pipeline.rounds if stages > 1 else 1
-    places = timetable.placement(experiment.model.layers, stages, rounds)
+    chunks = chunk.Places(
+        timetable.placement(experiment.model.layers, stages, rounds),
+        stack.entries(experiment.model.blocks),
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     with sharding.use(layout):
         abstract = jax.eval_shape(functools.partial(build, experiment.model), key)
@@ -150,13 +214,19 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
             for path, p in params.items()
         }
         shapes = {
-            path: jax.ShapeDtypeStruct(_stored(path, p.shape, places), p.dtype)
+            path: jax.ShapeDtypeStruct(_stored(path, p.shape, chunks), p.dtype)
             for path, p in params.items()
         }
-        specs = {
+        specs = working = {
             path: sharding.storage(path, x.shape, axes[path])
             for path, x in shapes.items()
         }
+        if stages > 1 and experiment.pipeline.gather == "step":
+            with sharding.mapped("replica", "embed"):
+                working = {
+                    path: sharding.storage(path, x.shape, axes[path])
+                    for path, x in shapes.items()
+                }
     updates = specs
     if experiment.mesh.zero1:
         updates = {
@@ -170,17 +240,28 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
         axes=axes,
         specs=specs,
         updates=updates,
+        working=working,
         optimizer=optim.build(experiment.optim, experiment.train.steps, axes),
         rate=optim.schedule(experiment.optim, experiment.train.steps),
-        places=places,
+        chunks=chunks,
     )
 
 
-def _stored(path: str, shape: tuple[int, ...], places: np.ndarray) -> tuple[int, ...]:
+def _stored(path: str, shape: tuple[int, ...], chunks: chunk.Places) -> tuple[int, ...]:
     """Returns the shape in memory: stacked parameters have a row for every place of a layer."""
-    if len(places) == 1 or path.split("/")[0] != STACK:
+    if len(chunks.layers) == 1 or not _stacked(path):
         return shape
-    return (places.size, *shape[1:])
+    return (chunks.rows(_stack(chunks, path)).size, *shape[1:])
+
+
+def _stacked(path: str) -> bool:
+    return path.split("/")[0] == STACK
+
+
+def _stack(chunks: chunk.Places, path: str) -> str:
+    """Returns the path, in the model's layers, of the stack that has a parameter."""
+    own = path.removeprefix(f"{STACK}/")
+    return next(s for s in chunks.stacks if own.startswith(f"{s}/" if s else ""))
 
 
 def build(config: Transformer.Config, key: Array) -> Transformer:

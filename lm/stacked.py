@@ -5,6 +5,7 @@ between stages. Plain order is that of the layers, without the places that hold 
 stages' mesh axis splits the width of the weights instead, so that no device holds more than before.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -23,45 +24,62 @@ def plain(prog: Program, tree: Any) -> Any:
     """Returns the tree (parameters, or a state with such in it) with its stacks in plain order."""
     if not prog.staged:
         return tree
-    rows = prog.places.ravel()
-    order = np.argsort(np.where(rows < 0, len(rows), rows))[: (rows >= 0).sum()]
-
-    def one(path: str, x: Array) -> Array:
-        spec = _spread(prog, path, x)
-        return reshard(x, spec).at[order].get(out_sharding=spec)
-
-    return _stacks(prog, tree, one)
+    return _stacks(prog, tree, functools.partial(_plain, prog))
 
 
 def arranged(prog: Program, tree: Any) -> Any:
     """Returns the tree with its stacks in the order of memory; the inverse of `plain`."""
     if not prog.staged:
         return tree
-    rows = prog.places.ravel()
+    return _stacks(prog, tree, functools.partial(_arranged, prog))
 
-    def one(path: str, x: Array) -> Array:
-        del path
-        spec = jax.typeof(x).sharding.spec
-        x = x.at[np.maximum(rows, 0)].get(out_sharding=spec)
-        there = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
-        return reshard(jnp.where(there, x, 0), _together(spec))
+
+def moved(prog: Program, tree: Any) -> Any:
+    """Does what `arranged` does, an array after the other: each is deleted when its new order is
+    there, so that no more than one is held twice."""
+
+    @functools.cache
+    def compiled(name: str) -> Any:
+        return prog.compiled(functools.partial(_arranged, prog, name))
+
+    def one(name: str, x: Array) -> Array:
+        new = jax.block_until_ready(compiled(name)(x))
+        x.delete()
+        return new
 
     return _stacks(prog, tree, one)
 
 
-def rows(prog: Program, x_LE: Array, layers: list[int]) -> Array:
-    """Returns the lines of these layers in the order of memory; 0 where there is no layer."""
+def _plain(prog: Program, name: str, x: Array) -> Array:
+    rows = prog.rows(name).ravel()
+    order = np.argsort(np.where(rows < 0, len(rows), rows))[: (rows >= 0).sum()]
+    spec = _spread(prog, name, x)
+    return reshard(x, spec).at[order].get(out_sharding=spec)
+
+
+def _arranged(prog: Program, name: str, x: Array) -> Array:
+    rows = prog.rows(name).ravel()
+    spec = jax.typeof(x).sharding.spec
+    x = x.at[np.maximum(rows, 0)].get(out_sharding=spec)
+    there = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
+    return reshard(jnp.where(there, x, 0), _together(spec))
+
+
+def rows(prog: Program, path: str, x_LE: Array) -> Array:
+    """Returns of lines for all layers those of a stacked parameter's, in the order of memory; 0
+    where there is no layer."""
+    x_SE = x_LE[np.asarray(prog.layers(path))]
     if not prog.staged:
-        return x_LE[np.asarray(layers)]
-    places = prog.places.ravel()
-    return jnp.where((places >= 0)[:, None], x_LE[np.maximum(places, 0)], 0)
+        return x_SE
+    rows = prog.rows(path).ravel()
+    return jnp.where((rows >= 0)[:, None], x_SE[np.maximum(rows, 0)], 0)
 
 
 def _stacks(prog: Program, tree: Any, change: Any) -> Any:
     flat = trees.flatten(tree)
     for path, x in flat.items():
-        if _name(prog, path) is not None:
-            flat[path] = change(path, x)
+        if (name := _name(prog, path)) is not None:
+            flat[path] = change(name, x)
     return trees.unflatten(flat, tree)
 
 
@@ -82,7 +100,7 @@ def _spread(prog: Program, path: str, x: Array) -> P:
         tuple(a for a in sharding.names(e) if a not in stages)
         for e in jax.typeof(x).sharding.spec
     ]
-    axes = prog.axes[str(_name(prog, path))]
+    axes = prog.axes[path]
     if "embed" in axes:
         i = axes.index("embed")
         over = entries[i] + stages

@@ -75,9 +75,9 @@ def abstract_state(prog: Program) -> TrainState:
 def saved(prog: Program, tree: Any) -> Any:
     """Returns a state, or a part of one, as checkpoints hold it: stacks in the order of layers.
 
-    Abstract leaves give abstract ones.
+    Abstract leaves give abstract ones. Where that is another order, both are held.
     """
-    if prog.rows is None:
+    if prog.ordered:
         return tree
     order = prog.compiled(functools.partial(stacked.plain, prog))
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
@@ -86,10 +86,11 @@ def saved(prog: Program, tree: Any) -> Any:
 
 
 def loaded(prog: Program, tree: Any) -> Any:
-    """Returns what a checkpoint held as the step wants it; the inverse of `saved`."""
-    if prog.rows is None:
-        return tree
-    return prog.compiled(functools.partial(stacked.arranged, prog))(tree)
+    """Returns what a checkpoint held as the step wants it; the inverse of `saved`.
+
+    Consumes the tree: arrays that change their order are deleted one by one.
+    """
+    return tree if prog.ordered else stacked.moved(prog, tree)
 
 
 def make_train_step(
@@ -156,7 +157,7 @@ def _rebalanced(prog: Program, params: Params, sums: Metrics) -> Params:
         model: Any = prog.experiment.model
         load = sums["moe_load_LE"].astype(jnp.float32)
         short = jnp.sign(load.mean(1, keepdims=True) - load)
-        short = stacked.rows(prog, short, list(model.sparse))
+        short = stacked.rows(prog, path, short)
         step = reshard(model.ffn.gate.rate * short, prog.updates[path])
         flat[path] = flat[path] + step
     return trees.nest(flat)

@@ -37,6 +37,7 @@ FLOORS = {
     "lm.experiment": 3.0,
     "lm.program": 3.25,
     "lm.stacked": 3.4,
+    "lm.gathering": 3.3,
     "lm.gradients": 3.4,
     "lm.train": 3.5,
     "lm.generate": 3.75,

@@ -105,7 +105,7 @@ CASES = {
         "attention": Attention.Config(window=5, softcap=2.0, bias=True),
     },
     "experts": {
-        "layers": 5,
+        "layers": 8,
         "ffn": Moe.Config(
             hidden=24, gate=Sigmoid(), dispatch=Dropless(), dense_first=1, every=3
         ),

@@ -6,6 +6,7 @@ that no result here hangs on a rounding.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import hlo
@@ -18,12 +19,13 @@ import runs
 import toy
 
 from lm import gradients, log, loop, matrices, optim, sharding, train
+from lm.models import stack
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
 from lm.nn.moe import Moe
 from lm.plan import flops
 
-ONE = "one device"
+ONE, STAGES = "one device", "pipe 2 x expert 2"
 LAYOUTS = {
     ONE: ["mesh.data=1"],
     "data 2 x expert 4": ["mesh.data=2", "mesh.expert=4"],
@@ -33,8 +35,9 @@ LAYOUTS = {
         "mesh.fsdp=2",
         "mesh.tensor=2",
     ],
+    STAGES: ["mesh.pipe=2", "mesh.expert=2", "pipeline.microbatches=2"],
 }
-MESHES = [m for m in LAYOUTS if m != ONE]
+MESHES = [m for m in LAYOUTS if m not in (ONE, STAGES)]
 KINDS = {
     "mixtral": ["model.ffn=Moe", "model.ffn.hidden=24"],
     "deepseek": [
@@ -114,8 +117,13 @@ def test_one_device_trains_as_float64_does(kind):
             np.testing.assert_allclose(run.params[path], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *itertools.product(KINDS, MESHES),
+        pytest.param("deepseek", STAGES, marks=pytest.mark.slow),
+    ],
+)
 def test_losses_gradients_and_three_steps_are_those_of_one_device(kind, mesh):
     """With two microbatches; the balancing biases move by the same steps exactly."""
     (_, run), (_, one) = trained(kind, mesh), trained(kind, ONE)
@@ -293,6 +301,28 @@ def test_layers_with_and_without_experts_make_groups():
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stacks"),
+    [
+        ("S", "1S"),
+        ("SSSS", "4S"),
+        ("DDSSS", "2D 3S"),
+        ("DDSDSD", "1D 2DS 1D"),
+        ("LLLGLLLGLL", "2LLLG 2L"),
+        ("DSDSDS", "3DS"),
+        ("DDDSD", "3D 1S 1D"),
+        ("ABCABCAB", "2ABC 1A 1B"),
+    ],
+)
+def test_layers_of_any_kinds_are_stacked_by_the_shortest_unit(layers, stacks):
+    found = stack.grouped(layers)
+    assert " ".join(f"{n}{''.join(unit)}" for n, unit in found) == stacks
+    places = stack.entries(layers)
+    assert sorted(i for some in places.values() for i in some) == [*range(len(layers))]
+    for some in places.values():
+        assert len({layers[i] for i in some}) == 1
 
 
 def test_only_active_experts_count():

@@ -12,6 +12,7 @@ import toy
 from lm import generate, gradients, train, trees
 from lm.experiment import Generate
 from lm.models import timetable
+from lm.program import STACK
 
 # The norm of a gradient's difference from one device's: a few roundings of sums in another order.
 ROUNDINGS = 64
@@ -19,6 +20,7 @@ FIVE = ["model.layers=5"]
 EIGHT = ["model.layers=8"]
 ROUNDS = ["pipeline.schedule=interleaved", "pipeline.rounds=2"]
 EXPERTS = ["model.ffn=Moe", "model.ffn.hidden=24"]
+FIRST = ["model.ffn.dense_first=1", "model.ffn.dense.hidden=40"]
 CASES = {
     "1f1b, uneven": [*FIVE, "mesh.pipe=4", "mesh.data=2", "pipeline.microbatches=4"],
     "1f1b, fewer microbatches than stages": [
@@ -47,6 +49,28 @@ CASES = {
         *EXPERTS, *ROUNDS, "mesh.pipe=2", "mesh.expert=2", "mesh.fsdp=2", "model.layers=4",
         "pipeline.microbatches=2", "model.ffn.dispatch=Dropless", "model.ffn.gate=Sigmoid",
     ],
+    "1f1b, experts after dense layers": [
+        *EXPERTS, *FIRST, "model.layers=3", "mesh.pipe=2", "mesh.fsdp=2",
+        "pipeline.microbatches=2",
+    ],
+    "gpipe, dense and experts in turn": [
+        *EXPERTS, "model.ffn.every=2", "model.layers=4", "mesh.pipe=2", "mesh.tensor=2",
+        "pipeline.schedule=gpipe", "pipeline.microbatches=2", "model.remat=full",
+    ],
+    "interleaved, dense and experts, no two stages alike": [
+        *EXPERTS, *ROUNDS, *FIRST, "model.ffn.every=3", "model.layers=10", "mesh.pipe=2",
+        "mesh.data=2", "mesh.expert=2", "pipeline.microbatches=2", "model.ffn.gate=Sigmoid",
+        "model.dropout=0.1",
+    ],
+    "1f1b, gathered once": [
+        *FIVE, "mesh.pipe=2", "mesh.data=2", "mesh.fsdp=2", "pipeline.gather=step",
+        "pipeline.microbatches=2",
+    ],
+    "interleaved, experts, gathered once, accumulated": [
+        *EXPERTS, *ROUNDS, "mesh.pipe=2", "mesh.fsdp=2", "mesh.expert=2", "model.layers=4",
+        "model.ffn.every=2", "pipeline.microbatches=2", "pipeline.gather=step",
+        "train.accumulate=2", "model.tied=false",
+    ],
     "1f1b, learned positions": [
         *toy.CLASSIC, "model.attention.bias=false", "mesh.pipe=2", "mesh.tensor=4",
         "pipeline.microbatches=16",
@@ -68,6 +92,9 @@ def gradient(*sets, poison=False):
     batch = toy.place(prog, toy.batch())
     compiled = prog.compiled(of).lower(params, batch).compile()
     sums, grads = compiled(params, batch)
+    for path, g in toy.flat(grads).items():  # of rows that hold no layer
+        if prog.staged and path.startswith("layers/"):
+            assert not g[prog.rows(path).ravel() < 0].any(), path
     grads = toy.flat(train.saved(prog, grads))
     return jax.device_get(sums), grads, compiled
 
@@ -84,6 +111,7 @@ SLOW = (
     "interleaved, fsdp",
     "interleaved, dropless experts, fsdp",
     "1f1b, fewer microbatches than stages",
+    "interleaved, dense and experts, no two stages alike",
 )
 QUICK = [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
 
@@ -130,12 +158,13 @@ def test_the_program_runs_the_ticks_of_the_table(case):
         assert n in trips, (n, trips)
 
 
-def memory(schedule, microbatches):
+def memory(schedule, microbatches, *more):
     """Bytes of temporaries of a device, with microbatches of one row."""
     sets = [
         "mesh.pipe=2",
         f"pipeline.schedule={schedule}",
         "model.dim=64",
+        *more,
     ]
     sets += [
         f"pipeline.microbatches={microbatches}",
@@ -169,6 +198,25 @@ def test_under_1f1b_only_ids_grow_with_the_microbatches():
     assert gpipe >= activation
 
 
+def test_remat_is_honoured_inside_a_stage():
+    """A chunk of four layers keeps their inputs, or all that their backward needs."""
+    none = memory("1f1b", 2, *EIGHT, "model.remat=none")
+    assert none > 1.5 * memory("1f1b", 2, *EIGHT, "model.remat=full")
+
+
+def test_settings_that_do_nothing_are_told():
+    def told(*sets):
+        return "; ".join(toy.program(*sets).unused)
+
+    assert not told("mesh.data=8") and not told("mesh.pipe=2")
+    both = ["pipeline.schedule=gpipe", "pipeline.microbatches=2"]
+    for sets in (both, ["mesh.fsdp=2", "pipeline.gather=step"]):
+        names = [s for s in sets if s.startswith("pipeline")]
+        assert told(*sets) == f"mesh.pipe=1: {', '.join(names)} not used"
+    one = told("mesh.pipe=2", "pipeline.gather=step", "pipeline.microbatches=2")
+    assert one.startswith("mesh.fsdp=1: pipeline.gather=step not used")
+
+
 def test_evaluation_and_samples_are_those_of_one_device():
     sets = CASES["interleaved, uneven, sequence"]
     found = []
@@ -189,10 +237,15 @@ def test_evaluation_and_samples_are_those_of_one_device():
     np.testing.assert_array_equal(new, same)
 
 
-def test_what_is_saved_is_in_plain_order_and_comes_back():
-    prog = toy.program(*FIVE, *ROUNDS, "mesh.pipe=2", "pipeline.microbatches=2")
+@pytest.mark.parametrize(
+    "model", [[*FIVE, *ROUNDS], [*EXPERTS, *FIRST, "model.layers=3"]]
+)
+def test_what_is_saved_is_in_plain_order_and_comes_back(model):
+    prog = toy.program(*model, "mesh.pipe=2", "pipeline.microbatches=2")
     state = toy.start(prog)
-    want = toy.flat(toy.start(toy.program(*FIVE)).params)
+    one = toy.program(*plain(model))
+    want = toy.flat(toy.start(one).params)
+    assert train.abstract_state(one).params.keys() == state.params.keys()
     saved = train.saved(prog, state)
     got = toy.flat(saved.params)
     for path, x in want.items():
@@ -205,13 +258,38 @@ def test_what_is_saved_is_in_plain_order_and_comes_back():
     before = toy.flat(state)
     for path, x in toy.flat(train.loaded(prog, saved)).items():
         np.testing.assert_array_equal(x, before[path])
+    stacked = trees.flatten(saved.params[STACK]).values()
+    assert all(x.is_deleted() for x in stacked)  # no second copy stays
+
+
+@pytest.mark.parametrize(
+    ("sets", "ffns", "rows"),
+    [
+        (["model.ffn.every=2"], 2, {"blocks/0": 1, "blocks/1": 1}),
+        (["model.ffn.dense_first=1"], 3, {"stacks/0": 1, "stacks/1": 2}),
+        (["model.ffn.dense_first=3"], 4, {"stacks/0": 2, "stacks/1": 2}),
+    ],
+)
+def test_kinds_that_differ_between_stages_are_both_computed(sets, ffns, rows):
+    """By the table of docs/parallelism.md."""
+    prog = toy.program(*EXPERTS, *EIGHT, *sets, "mesh.pipe=4", "mesh.tensor=2")
+    assert len(prog.computed("mixer")) == 2 and len(prog.computed("ffn")) == ffns
+    for stack, n in rows.items():
+        path = next(p for p in prog.shapes if f"{stack}/mixer/query_dnh" in p)
+        assert prog.rows(path).shape == (4, 1, n)
 
 
 def test_initialisation_is_that_of_one_device():
-    for sets in ([*FIVE, "mesh.pipe=4"], [*FIVE, *ROUNDS, "mesh.pipe=2"]):
-        prog = toy.program(*sets, "train.batch_size=64", "eval.batch_size=64")
+    mixed = [*EXPERTS, *FIRST, *FIVE]
+    for model, sets in (
+        (FIVE, ["mesh.pipe=4"]),
+        (FIVE, [*ROUNDS, "mesh.pipe=2"]),
+        (mixed, ["mesh.pipe=2"]),
+    ):
+        sets = [*model, *sets, "train.batch_size=64", "eval.batch_size=64"]
+        prog = toy.program(*sets)
         state = train.make_init(prog)(jax.random.key(1))
-        one = toy.program(*FIVE)
+        one = toy.program(*model)
         want = toy.flat(train.make_init(one)(jax.random.key(1)).params)
         for path, x in toy.flat(train.saved(prog, state).params).items():
             np.testing.assert_array_equal(x, want[path])

@@ -13,6 +13,7 @@ import toy
 
 from lm import sharding
 from lm.experiment import Experiment
+from lm.models import stack
 from lm.models.transformer import Transformer
 from lm.nn.blockwise import Mask, Tokens
 from lm.nn.ffn import Mlp
@@ -126,19 +127,10 @@ def _moe(c: Any, p, x, batch):
 
 def _place(c: Transformer.Config, i: int) -> tuple[str, int]:
     """Returns the prefix of layer i's parameters, and its entry of them."""
-    first, every = (
-        (c.ffn.dense_first, c.ffn.every) if isinstance(c.ffn, Moe.Config) else (0, 1)
-    )
-    if not first and every == 1:
-        return "layers/", i
-    units, has_first = (c.layers - first) // every, int(first > 0)
-    if i < first:
-        return "layers/stacks/0/", i
-    unit, within = divmod(i - first, every)
-    if unit == units:
-        return f"layers/stacks/{has_first + 1}/", within
-    block = f"blocks/{within}/" if every > 1 else ""
-    return f"layers/stacks/{has_first}/{block}", unit
+    for path, layers in stack.entries(c.blocks).items():
+        if i in layers:
+            return f"layers/{path}/" if path else "layers/", layers.index(i)
+    raise AssertionError(i)
 
 
 def _logits(c: Transformer.Config, p, batch, masks):

@@ -78,7 +78,7 @@ def run(
     """
     shared = _Run(table, model, rest, stack, batches, poison)
     rows = _rows(table, layers)
-    carry = _start(shared)
+    carry = _start(shared, layers)
     first = 0
     for loop in table.loops:
         part = jax.tree.map(lambda a, i=first, n=loop.ticks: a[i : i + n], rows)
@@ -131,7 +131,7 @@ def _rows(table: Timetable, layers: np.ndarray) -> dict[str, np.ndarray]:
     return {k: a if a.dtype == bool else a.astype(np.int32) for k, a in rows.items()}
 
 
-def _start(shared: _Run) -> dict[str, Any]:
+def _start(shared: _Run, layers: np.ndarray) -> dict[str, Any]:
     """Returns the state before the first tick: nothing on its way, nothing kept."""
     table, P = shared.table, shared.table.stages
     batch = _at(shared.batches, 0)
@@ -142,8 +142,7 @@ def _start(shared: _Run) -> dict[str, Any]:
         return jnp.zeros((*lead, *one.shape), one.dtype, out_sharding=spec)
 
     def sums(rest: Any, stack: Any) -> Sums:
-        ids = jnp.zeros(jax.tree.leaves(stack)[0].shape[:3:2], jnp.int32)
-        ids = reshard(ids, stages.spec(None))
+        ids = reshard(jnp.zeros(layers.shape[::2], jnp.int32), stages.spec(None))
         chunk = jax.tree.map(lambda a: a[:, 0], stack)
         _, _, of_stage = _stages(shared)(
             chunk, zeros(P), _of_stages(shared, ids[:, 0]), ids
@@ -255,8 +254,8 @@ def _backward(shared: _Run, carry: Any, row: Any) -> Any:
     x = stages.get(carry["kept"], row["b_slot"])
     if shared.poison:
         g = jnp.where(_column(row["b_on"], 3), g, jnp.nan)
-    # Zeros, so that an idle stage's gradient is zero.
-    x, g = (jnp.where(_column(row["b_on"], 3), a, 0) for a in (x, g))
+    # An idle stage's gradient is zero. Its x is one that it kept, or zeros: finite.
+    g = jnp.where(_column(row["b_on"], 3), g, 0)
     d_chunk, g = _stages(shared, backward=True)(
         stages.chunks(shared.stack, row["b_round"]), x, _of_stages(shared, row["b_micro"]),
         row["b_layers"], g, row["b_on"].astype(jnp.float32),

@@ -6,6 +6,7 @@ and counts; `cache` is what decoding keeps for the layer, or None.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -118,37 +119,63 @@ class Unit(nnx.Module):
 
 
 class Groups(nnx.Module):
-    """Stacks that run one after another: dense layers first, then units, then the remainder."""
+    """Stacks that run one after another, see `grouped`."""
 
     def __init__(self, stacks: Sequence[Any]):
         self.stacks = nnx.List(stacks)
 
 
-def build(config: Block.Config, rngs: nnx.Rngs) -> Block | Groups:
-    """Returns blocks whose parameters carry a leading axis: all `config.layers`, if all are equal.
+def grouped(kinds: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
+    """Returns (repeats, unit) of the stacks that layers of these kinds make, in their order.
 
-    Layers without experts before and between those with (`Moe.Config`) make `Groups` of them.
+    Equal layers are one stack. Else a run of equal ones at the start, the shortest unit that the
+    others repeat (twice at least), and what remains of a last unit; without such a unit, runs.
+    """
+    kinds = tuple(kinds)
+    count, lead = len(kinds), _runs(kinds)[0][0]
+    for period in range(1, count // 2 + 1):
+        for first in range(lead + 1):
+            units, rest = divmod(count - first, period)
+            if units > 1 and kinds[first:-period] == kinds[first + period :]:
+                unit = units, kinds[first : first + period]
+                return [*_runs(kinds[:first]), unit, *_runs(kinds[count - rest :])]
+    return _runs(kinds)
+
+
+def _runs(kinds: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
+    return [(len([*some]), (kind,)) for kind, some in itertools.groupby(kinds)]
+
+
+def entries(kinds: Sequence[Any]) -> dict[str, list[int]]:
+    """Returns the numbers of the layers that each block of `build` stacks, by its path in it."""
+    found: dict[str, list[int]] = {}
+    stacks, first = grouped(kinds), 0
+    for i, (repeats, unit) in enumerate(stacks):
+        for j in range(len(unit)):
+            path = [] if len(stacks) == len(unit) == 1 else [f"stacks/{i}"]
+            path += [f"blocks/{j}"] if len(unit) > 1 else []
+            after = first + repeats * len(unit)
+            found["/".join(path)] = [*range(first + j, after, len(unit))]
+        first += repeats * len(unit)
+    return found
+
+
+def build(configs: Sequence[Block.Config], rngs: nnx.Rngs) -> Block | Groups:
+    """Returns a block for each config, in stacks whose parameters carry a leading axis.
+
+    Equal layers are one stacked `Block`; layers of several kinds are `Groups`, see `grouped`.
     """
 
-    def repeat(count: int, *unit: Block.Config) -> Any:
+    def repeat(count: int, unit: Sequence[Block.Config]) -> Any:
         def one(r: nnx.Rngs) -> Block | Unit:
             return Block(unit[0], r) if len(unit) == 1 else Unit(unit, r)
 
         return jax.vmap(one)(rngs.split(count))
 
-    if not isinstance(config.ffn, Moe.Config):
-        return repeat(config.layers, config)
-    first, every = config.ffn.dense_first, config.ffn.every
-    if not first and every == 1:
-        return repeat(config.layers, config)
-    dense = dataclasses.replace(config, ffn=config.ffn.dense)
-    units, rest = divmod(config.layers - first, every)
-    stacks = [
-        repeat(first, dense) if first else None,
-        repeat(units, *[dense] * (every - 1), config),
-        repeat(rest, dense) if rest else None,
-    ]
-    return Groups([s for s in stacks if s is not None])
+    stacks = [repeat(count, unit) for count, unit in grouped(configs)]
+    if len(stacks) == 1 and isinstance(stacks[0], Block):
+        return stacks[0]
+    return Groups(stacks)
 
 
 def run(
@@ -159,7 +186,6 @@ def run(
     *,
     remat: Remat,
     scan: bool,
-    index_L: Array | None = None,
 ) -> tuple[Array, dict[str, Array], Any]:
     """Returns x after all layers, the sum of their aux, and the new cache ([L, …] like the old).
 
@@ -170,12 +196,7 @@ def run(
         cache: of every layer, or None.
         remat: what to keep for the backward.
         scan: over the layers.
-        index_L: int32 numbers of equal layers, where they are not 0, 1, 2, …; a negative one is no
-            layer, and its parameters do nothing.
     """
-    if index_L is not None:
-        layer = {"index": index_L.astype(jnp.uint32), "there": index_L >= 0}
-        return _layers(blocks, layer, x_BTD, side, cache, remat=remat, scan=scan)
     stacks = blocks.stacks if isinstance(blocks, Groups) else [blocks]
     first, sums, caches = 0, [], []
     for one in stacks:
@@ -233,9 +254,6 @@ def _layers(
         block, layer, cache = slices
         x = checkpoint_name(x, "block")
         y, aux, cache = block(x, side, layer, cache)
-        if "there" in layer:
-            y = jnp.where(layer["there"], y, x)
-            aux = jax.tree.map(lambda a: jnp.where(layer["there"], a, 0), aux)
         return y, (aux, cache)
 
     body = policy(remat)(body)
@@ -247,15 +265,15 @@ def _layers(
             jax.tree.map(lambda a, i=i: a[i], (layer, cache)) for i in range(repeats)
         ]
         outs = []
-        for block, one in zip(_unstack(blocks, repeats), slices, strict=True):
+        for block, one in zip(unstack(blocks, repeats), slices, strict=True):
             x_BTD, out = body(x_BTD, (block, *one))
             outs.append(out)
         aux, cache = jax.tree.map(lambda *a: jnp.stack(a), *outs)
     return x_BTD, jax.tree.map(lambda a: a.sum(0), aux), cache
 
 
-def _unstack(blocks: Any, layers: int) -> list[Any]:
-    """Splits every stacked parameter at once, so that its gradient is one concatenation."""
+def unstack(blocks: Any, layers: int) -> list[Any]:
+    """Splits every stacked array at once, so that its gradient is one concatenation."""
 
     def split(a: Array) -> list[Array]:
         return [jnp.squeeze(x, 0) for x in jax.lax.split(a, (1,) * layers, 0)]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.models import stack
+from lm.models import chunk, stack
 from lm.nn.attention import Attention, init_cache
 from lm.nn.blockwise import NEG, Tokens, cap
 from lm.nn.ffn import Mlp
@@ -60,7 +60,8 @@ class Transformer(nnx.Module):
         dtype: Literal["auto", "float32", "bfloat16"] = (
             "auto"  # of compute; auto: bf16 but on CPU
         )
-        remat: stack.Remat = "none"  # what is recomputed in the backward
+        # What the backward computes again; on stages of a pipeline, of that which it does anyway.
+        remat: stack.Remat = "none"
         scan: bool = True  # compile one layer and loop, or unroll them all
 
         def __post_init__(self) -> None:
@@ -122,9 +123,34 @@ class Transformer(nnx.Module):
             )
 
         @property
+        def blocks(self) -> tuple[stack.Block.Config, ...]:
+            """Every layer's config; equal ones are stacked, see `stack.build`."""
+            usual = stack.Block.Config(
+                dim=self.dim,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                layers=self.layers,
+                mixer=self.attention,
+                ffn=self.ffn,
+                norm=self.norm,
+                dropout=self.dropout,
+                init_std=self.init_std,
+            )
+            if not isinstance(self.ffn, Moe.Config):
+                return (usual,) * self.layers
+            dense = dataclasses.replace(usual, ffn=self.ffn.dense)
+            sparse = self.sparse
+            return tuple(usual if i in sparse else dense for i in range(self.layers))
+
+        @property
         def head_dim(self) -> int:
             """Entries of one head."""
             return self.attention.head_dim or self.dim // self.heads
+
+        def compute(self, platform: str) -> jnp.dtype:
+            """Returns the dtype of compute on a platform."""
+            auto = "float32" if platform == "cpu" else "bfloat16"
+            return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
 
         @property
         def vocab_rows(self) -> int:
@@ -146,20 +172,7 @@ class Transformer(nnx.Module):
             self.position_pd = param(
                 rngs, shape, ("position", "embed"), config.init_std
             )
-        self.layers = stack.build(
-            stack.Block.Config(
-                dim=D,
-                heads=config.heads,
-                kv_heads=config.kv_heads,
-                layers=config.layers,
-                mixer=config.attention,
-                ffn=config.ffn,
-                norm=config.norm,
-                dropout=config.dropout,
-                init_std=config.init_std,
-            ),
-            rngs,
-        )
+        self.layers = stack.build(config.blocks, rngs)
         self.norm = make_norm(config.norm, D, "norm", rngs)
         if not config.tied:
             self.head_vd = param(rngs, (V, D), ("vocab", "embed"), config.head_std)
@@ -167,8 +180,7 @@ class Transformer(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of compute."""
-        auto = "float32" if sharding.current().platform == "cpu" else "bfloat16"
-        return jnp.dtype(auto if self.config.dtype == "auto" else self.config.dtype)
+        return self.config.compute(sharding.current().platform)
 
     def __call__(
         self,
@@ -193,7 +205,8 @@ class Transformer(nnx.Module):
         """
         x_BTD = self.embed(tokens_BT, tokens.positions, keys_BT)
         side = self.side(tokens, keys_BT, packed, slot, cached)
-        x_BTD, aux, cache = self.stage(x_BTD, side, cache)
+        how = {"remat": self.config.remat, "scan": self.config.scan}
+        x_BTD, aux, cache = stack.run(self.layers, x_BTD, side, cache, **how)
         return self.norm(x_BTD), aux, cache
 
     def embed(
@@ -226,19 +239,12 @@ class Transformer(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         side: Side,
-        cache: Any = None,
-        index_L: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
-        """Returns x after the layers that `self.layers` holds, see `stack.run`."""
-        return stack.run(
-            self.layers,
-            x_BTD,
-            side,
-            cache,
-            remat=self.config.remat,
-            scan=self.config.scan,
-            index_L=index_L,
-        )
+        places: chunk.Places,
+        index_l: Int[Array, "l"],
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Returns x after the chunk of layers that `self.layers` holds, see `chunk.run`."""
+        how = {"remat": self.config.remat, "scan": self.config.scan}
+        return chunk.run(self.layers, places, index_l, x_BTD, side, **how)
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
         out = sharding.spec("batch", "length", None)

@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from lm import gradients, sharding
+from lm import gathering, gradients, sharding
 from lm.config import ConfigError
 from lm.nn.attend import Case
 from lm.nn.blockwise import Mask
@@ -96,13 +96,19 @@ class _Count:
                     for kind in phase.kinds:
                         ticks[kind] += loop.times * phase.ticks
             self.passes = _Passes(*(A * ticks[kind] for kind in "FHB"))
-        # Layers that one pass runs: a chunk of those on a stage.
-        self.layers = prog.places.shape[-1] if prog.staged else self.model.layers
-        self.again = (
-            self.model.remat != "none" or prog.staged
-        )  # the forward, to go back
+        # Parts of layers that one pass runs: those of a chunk on a stage.
+        self.mixers = len(prog.computed("mixer"))
+        ffns = prog.computed("ffn")
+        self.sparse = sum(isinstance(c, Moe.Config) for c in ffns)
+        self.dense = len(ffns) - self.sparse
+        # How often a layer's forward is run again to go back: by a stage whatever the policy, and
+        # with one twice, but for the last layer of a chunk: that one's output is not needed.
+        kept = self.model.remat == "none"
+        self.before = 1 - 1 / prog.places.shape[-1] if prog.staged else 0.0
+        self.again = 1.0 if prog.staged and kept else self.before + (not kept)
         # Mesh axes whose devices have gradients of their own until the end of the step.
         self.mapped = self.layout.axes("replica") if gradients.apart(prog) else ()
+        self.held = self.layout.axes("embed") if prog.whole else ()
 
     def term(
         self, what: str, kind: str, axes: tuple[str, ...], operand: float, times: float
@@ -128,9 +134,7 @@ class _Count:
     def _uses(self, path: str) -> list[tuple[str, float]]:
         """Returns who uses a parameter, and how much of it at a time: rounds have a chunk each."""
         if path.split("/")[0] == STACK:
-            return [
-                ("layers", 1 / self.prog.places.shape[1] if self.prog.staged else 1.0)
-            ]
+            return [("layers", self.prog.use(path))]
         if path == "embed_vd":
             return (
                 [("lookup", 1.0), ("head", 1.0)]
@@ -143,10 +147,16 @@ class _Count:
         """ZeRO-3: what is stored in parts is gathered where it is used, in the dtype of compute.
 
         A layer's weights once forward and, where the forward is run again, once backward; the
-        embedding's once for the lookup and once for the head, whose one pass is both.
+        embedding's once for the lookup and once for the head, whose one pass is both. Of a pipeline
+        with `gather=step`, all once.
         """
         for path, axes in self.prog.axes.items():
             over = tuple(a for a in self._split(path) if a in sharding.GATHERED)
+            if self.held:
+                sent, _ = gathering.dtypes(self.prog, path)
+                whole = self._whole(path, over) * sent.itemsize
+                yield self.term("weights: step", "all-gather", over, whole, 1)
+                continue
             item = FP32 if "choice" in axes else self.item  # routers decide in fp32
             for use, part in self._uses(path):
                 times = {
@@ -160,8 +170,9 @@ class _Count:
     def gradients(self) -> Iterable[Term]:
         """A gradient is reduced once for each backward over the axes that split tokens: to the
         shares that are stored (a reduce-scatter), or whole; over data only once a step, in fp32,
-        where replicas add up apart (`lm.gradients.apart`). Else in the dtype of compute, the
-        head's in fp32; of a tied embedding lookup and head have one gradient, the head's.
+        where replicas add up apart (`lm.gradients.apart`), and so to the shares of a pipeline with
+        `gather=step`. Else in the dtype of compute, the head's in fp32; of a tied embedding lookup
+        and head have one gradient, the head's.
         """
         tokens = self.layout.axes("batch") + self.layout.axes("length")
         for path, axes in self.prog.axes.items():
@@ -171,6 +182,10 @@ class _Count:
                 continue  # norms, biases
             split = self._split(path)
             here = self.layout.axes("dispatched") if "expert" in axes else tokens
+            here = tuple(a for a in here if a not in self.held)
+            once = self._whole(path, self.held) * FP32
+            over = tuple(a for a in self.held if a in split)
+            yield self.term("gradients: step", "reduce-scatter", over, once, 1)
             parts = tuple(a for a in here if a in split)
             rest = tuple(a for a in here if a not in split and a not in self.mapped)
             use, part = self._uses(path)[-1]
@@ -197,23 +212,23 @@ class _Count:
         """
         over = self.layout.axes("mlp")
         outs = self._repeated("attention")
-        attention, ffn = self.act, self._routed() or self.act
         split = over and over[0] in self.layout.axes("residual")
-        back = self.passes.backward * self.layers
-        forward = self.passes.forward * self.layers
-        if not split:
-            sums = [(attention, forward + outs + back), (ffn, forward + back)]
-            for operand, times in sums:
-                yield self.term("tensor: layers", "all-reduce", over, operand, times)
-            return
-        again = self.again * back  # both inputs are gathered again
-        for operand, more in ((attention, outs), (ffn, 0)):
-            times = forward + more + back
-            yield self.term("tensor: layers", "reduce-scatter", over, operand, times)
-            times = forward + again + back
-            yield self.term("tensor: layers", "all-gather", over, operand, times)
+        back, forward = self.passes.backward, self.passes.forward
+        again = self.again * back  # inputs are gathered again
+        for operand, count, more in (
+            (self.act, self.mixers, outs),
+            (self.act, self.dense, self.before * back * self.dense),
+            (self._routed(), self.sparse, self.before * back * self.sparse),
+        ):
+            sums = (forward + back) * count + more
+            if not split:
+                yield self.term("tensor: layers", "all-reduce", over, operand, sums)
+                continue
+            yield self.term("tensor: layers", "reduce-scatter", over, operand, sums)
+            gathers = (forward + again + back) * count
+            yield self.term("tensor: layers", "all-gather", over, operand, gathers)
 
-    def _repeated(self, what: str) -> int:
+    def _repeated(self, what: str) -> float:
         """How often a part is formed again, in a recomputed layer or in a stage's backward."""
         formed = {
             "none": (),
@@ -222,8 +237,10 @@ class _Count:
             "full": ("attention", "keys"),
             "offload": ("attention", "keys"),
         }[self.model.remat]
-        again = self.prog.staged or what in formed
-        return self.passes.backward * self.layers * again
+        again = self.before + (what in formed)
+        if self.prog.staged and self.model.remat == "none":
+            again = 1.0
+        return self.passes.backward * self.mixers * again
 
     def head(self) -> Iterable[Term]:
         """The vocabulary is split: a row of the embedding is summed over all who may have it, the
@@ -269,8 +286,8 @@ class _Count:
         heads = max(1, self.model.kv_heads // self.layout.size("kv_heads"))
         entries = 2 * self.b * self.t * heads * self.model.head_dim
         shared = entries * self.item + 8 * self.b * self.t
-        forward = self.passes.forward * self.layers
-        back = self.passes.backward * self.layers
+        forward = self.passes.forward * self.mixers
+        back = self.passes.backward * self.mixers
         if self._context() == "ring":
             again = self._repeated("keys")
             kind, size = "collective-permute", (C - 1) * shared
@@ -314,7 +331,8 @@ class _Count:
     def experts(self) -> Iterable[Term]:
         """Buffers go to the experts and come back, both ways; again in a recomputed layer."""
         over = self.layout.axes("expert")
-        sparse = len(self.model.sparse) * self.layers / self.model.layers
         p = self.passes
         runs = 2 * (p.forward + p.backward + self.again * p.backward)
-        yield self.term("experts", "all-to-all", over, self._routed(), runs * sparse)
+        yield self.term(
+            "experts", "all-to-all", over, self._routed(), runs * self.sparse
+        )
