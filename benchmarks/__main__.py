@@ -77,13 +77,13 @@ PARTS: dict[str, tuple[str, str, Callable[[bool], str]]] = {
 }
 
 
-def heading(arguments: Sequence[str]) -> str:
+def heading(arguments: Sequence[str], module: str = "benchmarks") -> str:
     """Returns what a result means nothing without: date, command, hardware, versions."""
     versions = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    command = " ".join(["python -m benchmarks", *arguments])
+    command = " ".join([f"python -m {module}", *arguments])
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return "\n".join(
         [

@@ -5,15 +5,15 @@ import importlib
 import math
 import pkgutil
 
-from lm import schedules, sharding
-from lm.config import ConfigError, nearest
+from lm import batches, schedules, sharding
+from lm.config import ConfigError, kind, nearest
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.models.timetable import Pipeline
 from lm.models.transformer import Transformer
 from lm.nn.layers import Learned
 from lm.nn.moe import Moe
-from lm.objectives import Causal
+from lm.objectives import Causal, refuse
 from lm.optim import Optim
 
 
@@ -164,7 +164,7 @@ class Experiment:
     about: str = ""  # one line on what it is for
     model: Transformer.Config = Transformer.Config()
     data: Data = Data(source=("tfds:lm_text/shakespeare",))
-    objective: Causal = Causal()
+    objective: batches.Objective = Causal()
     optim: Optim = Optim()
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     pipeline: Pipeline = Pipeline()
@@ -181,10 +181,19 @@ class Experiment:
                 f"model.positions.length={positions.length} is less than "
                 f"data.length={self.data.length}: raise it, or use --set model.positions=Rope"
             )
-        if isinstance(self.data.tokenizer, Bytes) and self.model.vocab_size != 257:
+        refuse(self.objective)
+        batches.check(self.objective, self.data)
+        more = batches.added(self.objective)
+        size = 257 + more
+        if isinstance(self.data.tokenizer, Bytes) and self.model.vocab_size != size:
+            ids = (
+                f", {more} more for objective={kind(type(self.objective))}"
+                if more
+                else ""
+            )
             raise ConfigError(
-                f"model.vocab_size={self.model.vocab_size}: the byte tokenizer has 257 tokens; "
-                "set model.vocab_size=257"
+                f"model.vocab_size={self.model.vocab_size}: the byte tokenizer has 257 tokens"
+                f"{ids}; set model.vocab_size={size}"
             )
         schedules.rate(self.optim.schedule, self.optim.learning_rate, self.train.steps)
         for size in self.train.batch_sizes():

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from lm import gathering, objectives, sharding
+from lm.batches import Objective
 from lm.models import pipeline, timetable
 from lm.nn.blockwise import Tokens
 from lm.nn.layers import dropout_keys
@@ -92,7 +93,7 @@ def apart(prog: Program) -> bool:
 
 
 def scores(
-    prog: Program, objective: objectives.Causal, params: Params, batch: objectives.Batch
+    prog: Program, objective: Objective, params: Params, batch: objectives.Batch
 ) -> Sums:
     """Returns the sums of a batch, run forward through the stages without dropout."""
     prog = dataclasses.replace(
@@ -187,7 +188,9 @@ def _staged(
     def head(rest: Params, x: Array, batch: objectives.Batch) -> tuple[Array, Sums]:
         model = prog.model({**params, **rest})
         objective = prog.experiment.objective
-        total, sums = objectives.score(objective, model, model.norm(x), batch)
+        total, sums = objectives.score(
+            objective, model, model.norm(x), batch, graded=forward
+        )
         return total / count, sums
 
     def placed(x: Array) -> Array:

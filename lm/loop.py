@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from lm import (
+    batches,
     checkpoint,
     config,
     evaluate,
@@ -65,10 +66,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
     say("\n".join([_describe(prog), *prog.unused]))
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
-    coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
-    generate.encode(coder, experiment.generate.prompts, experiment.data.length)
-    stores = loader.stores(experiment.data, coder)
-    held_out = evaluate.stores(experiment, coder)
+    coder, stores, held_out = _tokenized(experiment)
     watch.mark("data")
 
     state, position = _start(prog, checkpoints, coder, say)
@@ -84,12 +82,12 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
             _write_config(experiment, workdir)
         stack.enter_context((stop := Stop()).listening())
         step = Step(prog, terminal, guard)
-        scores = Scores(prog, held_out, writer, terminal, guard)
+        scores = Scores(prog, held_out, coder, writer, terminal, guard)
         log = Log(prog, writer, terminal, position.tokens)
-        batches = _batches(prog, stores, position)
+        made = _batches(prog, stores, coder, position)
         stopped = False
         while position.step < steps and not stopped:
-            state, result = step(position.step + 1, state, next(batches))
+            state, result = step(position.step + 1, state, next(made))
             position = position.after(experiment.train.batch_at(position.step))
             log.add(position.step, result)
             if position.step == first + 1:
@@ -111,6 +109,17 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
     if not stopped and experiment.generate.prompts:
         _samples(prog, state, coder, workdir, primary)
     return _finish(experiment, workdir, first, position, stop.name if stopped else "")
+
+
+def _tokenized(
+    experiment: Experiment,
+) -> tuple[Tokenizer, list[loader.Store], dict[str, list[loader.Store]]]:
+    """Returns the tokenizer, the text to train on, and that of each evaluation set."""
+    objective, data = experiment.objective, experiment.data
+    coder = batches.tokenizer(objective, data, experiment.model.vocab_size)
+    generate.encode(coder, experiment.generate.prompts, data.length)
+    stores = batches.stores(objective, data, coder)
+    return coder, stores, evaluate.stores(experiment, coder)
 
 
 def _report_start(
@@ -153,11 +162,13 @@ class Scores:
         self,
         prog: Program,
         stores: dict[str, list[loader.Store]],
+        coder: Tokenizer,
         writer: metrics.Writer,
         terminal: Terminal,
         guard: Lookout,
     ):
         self._prog, self._stores, self._guard = prog, stores, guard
+        self._coder = coder
         self._writer, self._terminal = writer, terminal
         self._step = train.make_eval_step(prog)
 
@@ -169,7 +180,8 @@ class Scores:
         for one in chosen.sets:
             self._terminal.status(f"evaluating {one.name}")
             values = evaluate.score(
-                self._prog, self._step, weights, self._stores[one.name], one
+                *(self._prog, self._step, weights),
+                *(self._stores[one.name], one, self._coder),
             )
             self._writer.write("eval", step, {"set": one.name, **values})
         self._terminal.status("training")
@@ -228,11 +240,14 @@ def _start(
 
 
 def _batches(
-    prog: Program, stores: list[loader.Store], position: Position
+    prog: Program, stores: list[loader.Store], coder: Tokenizer, position: Position
 ) -> Iterator[dict[str, jax.Array]]:
     experiment, sharding_BT = prog.experiment, prog.batch_sharding()
     host = loader.batches(
-        loader.examples(experiment.data, stores, experiment.train.seed),
+        batches.examples(
+            *(experiment.objective, experiment.data, stores, coder),
+            experiment.train.seed,
+        ),
         sizes=experiment.train.batch_at,
         rows=lambda size: loader.local_rows(sharding_BT, size),
         start=position.examples,

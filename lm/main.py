@@ -20,10 +20,20 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from etils import epath  # noqa: E402
 
-from lm import checkpoint, config, evaluate, generate, hosts, loop, sharding, train  # noqa: E402
+from lm import (  # noqa: E402  # noqa: E402
+    batches,
+    checkpoint,
+    config,
+    evaluate,
+    generate,
+    hosts,
+    loop,
+    sharding,
+    train,
+)
 from lm import experiment as experiments  # noqa: E402
 from lm.config import ConfigError  # noqa: E402
-from lm.data import loader, tokenizer  # noqa: E402
+from lm.data import tokenizer  # noqa: E402
 from lm.experiment import Experiment  # noqa: E402
 from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
@@ -203,9 +213,10 @@ def _train(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
 
 def _prepare(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     del workdir, lookout
-    coder = loader.tokenizer(experiment.data, experiment.model.vocab_size)
+    objective, data = experiment.objective, experiment.data
+    coder = batches.tokenizer(objective, data, experiment.model.vocab_size)
     parts = {
-        "train": loader.stores(experiment.data, coder),
+        "train": batches.stores(objective, data, coder),
         **evaluate.stores(experiment, coder),
     }
     for name, some in parts.items():
@@ -243,7 +254,8 @@ def _eval(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     eval_step = train.make_eval_step(prog)
     parts = evaluate.stores(experiment, coder)
     for chosen in experiment.eval.sets:
-        values = evaluate.score(prog, eval_step, params, parts[chosen.name], chosen)
+        some = parts[chosen.name]
+        values = evaluate.score(prog, eval_step, params, some, chosen, coder)
         if jax.process_index() == 0:
             print(
                 json.dumps({"step": step, "kind": "eval", "set": chosen.name, **values})

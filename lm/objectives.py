@@ -16,50 +16,73 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lm import sharding
-from lm.config import ConfigError
+from lm.batches import (
+    Causal,
+    Classification,
+    CrossEntropy,
+    Masked,
+    Objective,
+    Prefix,
+    Seq2Seq,
+    SpanCorruption,
+)
+from lm.config import ConfigError, kind
 from lm.models.transformer import Transformer
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Causal:
-    """Predict each token from the earlier ones of its document, by cross-entropy."""
-
-    z_loss: float = (
-        0.0  # weight of log(Z)^2, which keeps logits from drifting (Chowdhery 2022)
-    )
-    label_smoothing: float = (
-        0.0  # share of the target spread evenly over the vocabulary
-    )
-    chunk: int = 1024  # tokens of a device whose logits exist at once
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(
-                f"objective.label_smoothing={self.label_smoothing}: expected 0 <= value < 1"
-            )
-        if self.chunk < 1 or self.z_loss < 0:
-            raise ConfigError("objective: chunk must be 1 or more and z_loss 0 or more")
-
+__all__ = ["Causal"]  # from here, as an experiment would look for it
 
 Batch = dict[
     str, Array
 ]  # tokens, targets, segments, positions [B, T]; weights; bytes, index [B]
 
 
+NEEDS = {  # what the decoder there is lacks
+    Masked: "an encoder",
+    SpanCorruption: "an encoder and a decoder",
+    Seq2Seq: "an encoder and a decoder",
+    Classification: "a head for classes",
+}
+
+
+def refuse(objective: Objective) -> None:
+    """Refuses an objective that no model here can be trained by yet.
+
+    Raises:
+        ConfigError: what it lacks, and what can be used.
+    """
+    if need := NEEDS.get(type(objective)):
+        raise ConfigError(
+            f"objective={kind(type(objective))} needs {need}, and the model is a decoder of "
+            "text; use objective=Causal, Prefix or Sft"
+        )
+    if isinstance(objective, Prefix) and objective.attention != "causal":
+        raise ConfigError(
+            f"objective.attention={objective.attention}: the model's attention is causal in "
+            "the prefix, too; set objective.attention=causal"
+        )
+
+
 def causal(
-    objective: Causal, model: Transformer, batch: Batch, keys_BT: Any, packed: bool
+    objective: Objective,
+    model: Transformer,
+    batch: Batch,
+    keys_BT: Any,
+    packed: bool,
+    graded: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the loss summed over the batch's scored tokens, and sums of what is reported.
 
-    Sums: `nll` (nats, of the cross-entropy alone), `tokens` (scored), `bytes` (of their text), and
-    those of the layers. The losses of layers are a row's; they count as often as its scored tokens.
+    Sums: `nll` (nats, of the cross-entropy alone), `tokens` (scored), `bytes` (of their text),
+    `correct` (scored tokens that are the likeliest, where `graded`; then there is no gradient),
+    and those of the layers. The losses of layers are a row's; they count as often as its scored
+    tokens.
     """
     x_BTD, aux, _ = model(
         batch["tokens"], Tokens(batch["positions"], batch["segments"]), keys_BT, packed
     )
-    loss, sums = score(objective, model, x_BTD, batch)
+    loss, sums = score(objective, model, x_BTD, batch, graded)
     of_layers, more = layers(aux, batch)
     return loss + of_layers, {**sums, **more}
 
@@ -76,24 +99,28 @@ def layers(
 
 
 def score(
-    objective: Causal, model: Transformer, x_BTD: Float[Array, "B T D"], batch: Batch
+    objective: Objective,
+    model: Transformer,
+    x_BTD: Float[Array, "B T D"],
+    batch: Batch,
+    graded: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns what `causal` does, from the hidden states after the last norm."""
-    loss, nll = cross_entropy(
-        Head(
-            vocab=model.config.vocab_size,
-            softcap=model.config.head_softcap,
-            chunk=objective.chunk,
-            z_loss=objective.z_loss,
-            smoothing=objective.label_smoothing,
-        ),
-        x_BTD,
-        model.head()[...],
-        batch["targets"],
-        batch["weights"],
+    assert isinstance(objective, CrossEntropy)  # what `refuse` lets through
+    head = Head(
+        vocab=model.config.vocab_size,
+        softcap=model.config.head_softcap,
+        chunk=objective.chunk,
+        z_loss=objective.z_loss,
+        smoothing=objective.label_smoothing,
     )
+    states = (x_BTD, model.head()[...], batch["targets"], batch["weights"])
+    if graded:
+        loss, nll, correct = (x.sum() for x in _region(head, False)(*states))
+    else:
+        (loss, nll), correct = cross_entropy(head, *states), None
     sums = {"nll": nll, "tokens": batch["weights"].sum(), "bytes": batch["bytes"].sum()}
-    return loss, sums
+    return loss, sums if correct is None else {**sums, "correct": correct}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,8 +154,8 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(head, x, w, targets, weights):
-    sums = _region(head, False)(x, w, targets, weights)
-    return sums[0].sum(), sums[1].sum()
+    loss, nll, _ = _region(head, False)(x, w, targets, weights)
+    return loss.sum(), nll.sum()
 
 
 def _fwd(head, x, w, targets, weights):
@@ -158,7 +185,7 @@ def _region(head: Head, gradient: bool):
     row = sharding.spec("batch")  # one partial sum for each device's rows
     lead = axes.rest[0] if len(axes.rest) == 1 else axes.rest or None
     parts = P(lead, *w_spec)
-    outs = (row, row, x_spec, parts) if gradient else (row, row)
+    outs = (row, row, x_spec, parts) if gradient else (row, row, row)
     body = functools.partial(_chunks, head, axes, gradient)
     return manual.region(body, (x_spec, w_spec, tokens, tokens), outs)
 
@@ -204,23 +231,24 @@ def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
     def step(dw, part):
         x_CD, target_C, weight_C = part
         out = _one_chunk(head, axes, x_CD, w, ids, target_C, weight_C, gradient)
-        loss, nll, dz_CV = out
         if not gradient:
-            return dw, (loss, nll)
+            return dw, out
+        loss, nll, dz_CV = out
         dw = dw + jnp.einsum(
             "cv,cd->vd", dz_CV, x_CD, preferred_element_type=jnp.float32
         )
         return dw, (loss, nll, jnp.einsum("cv,vd->cd", dz_CV, w))
 
     zero = jnp.zeros(w.shape, jnp.float32) if gradient else None
-    dw, (loss, nll, *dx) = lax.scan(step, zero, parts)
+    dw, (loss, nll, last) = lax.scan(step, zero, parts)
     loss, nll = loss.sum()[None], nll.sum()[None]
+    if not gradient:
+        sums = (loss, nll, last.sum()[None])
+        return lax.psum(sums, axes.length) if axes.length else sums
     if axes.length:
         loss, nll = lax.psum((loss, nll), axes.length)
-    if not gradient:
-        return loss, nll
     assert dw is not None
-    dx = dx[0].reshape(x.shape)
+    dx = last.reshape(x.shape)
     if axes.stream:
         dx = lax.psum_scatter(dx, axes.stream, scatter_dimension=1, tiled=True)
     if whole := tuple(a for a in axes.vocab if a not in axes.stream):
@@ -234,7 +262,11 @@ def _chunks(head: Head, axes: Axes, gradient: bool, x, w, targets, weights):
 def _one_chunk(
     head: Head, axes: Axes, x_CD, w, ids, target_C, weight_C, gradient: bool
 ):
-    """Returns the chunk's loss, its negative log-likelihood and the gradient of its logits."""
+    """Returns the chunk's loss, its negative log-likelihood and the gradient of its logits.
+
+    Without a gradient the last is the weight of the tokens whose target is the likeliest; of
+    several equally likely the first counts.
+    """
     z_CV = jnp.einsum("cd,vd->cv", x_CD, w, preferred_element_type=jnp.float32)
     z_CV, slope = cap(head.softcap, z_CV)
     real = ids < head.vocab
@@ -259,7 +291,10 @@ def _one_chunk(
     loss_C = loss_C + head.z_loss * lse_C * lse_C
     loss, nll = (loss_C * weight_C).sum(), (nll_C * weight_C).sum()
     if not gradient:
-        return loss, nll, None
+        likeliest_C = jnp.where(z_CV == top_C[:, None], ids[None], head.vocab).min(-1)
+        if axes.vocab:
+            likeliest_C = lax.pmin(likeliest_C, axes.vocab)
+        return loss, nll, ((likeliest_C == target_C) * weight_C).sum()
     p_CV = e_CV * ((1 + 2 * head.z_loss * lse_C) / norm_C)[:, None]
     dz_CV = p_CV - (1 - head.smoothing) * hit_CV
     if head.smoothing:

@@ -1,4 +1,4 @@
-"""Draws a run: losses over steps and tokens, and the speed below them."""
+"""Draws a run (losses over steps and tokens, the speed below them) and a confusion matrix."""
 
 import io
 import os
@@ -43,10 +43,44 @@ def draw(
     loss.set_title(title, loc="left", color=INK, fontsize=12)
     if ends := [(r["step"], r["tokens"]) for r in train if r.get("tokens")]:
         _token_axis(loss, *ends[-1])
+    _write(picture, path)
+    return True
+
+
+def confusion(
+    counts: Sequence[Sequence[float]],
+    names: Sequence[str],
+    path: os.PathLike | str,
+    title: str = "",
+) -> None:
+    """Writes a PNG of how many examples of each class (rows) were taken for which (columns).
+
+    A cell's colour is its share of its row, its text the count.
+    """
+    from matplotlib import figure  # slow to import, needed once a run
+
+    size = 2.5 + 0.6 * len(names)
+    picture = figure.Figure(figsize=(size, size), dpi=150, layout="constrained")
+    axes = picture.subplots()
+    shares = [[n / max(sum(row), 1) for n in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for y, row in enumerate(counts):
+        for x, n in enumerate(row):
+            color = "white" if shares[y][x] > 0.5 else INK
+            axes.text(x, y, f"{n:,.0f}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted", color=INK)
+    axes.set_ylabel("true", color=INK)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, loc="left", color=INK, fontsize=12)
+    _write(picture, path)
+
+
+def _write(picture: Any, path: os.PathLike | str) -> None:
     png = io.BytesIO()
     picture.savefig(png, format="png")
     epath.Path(path).write_bytes(png.getvalue())
-    return True
 
 
 def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list, list]:

@@ -172,7 +172,9 @@ def make_eval_step(prog: Program) -> Callable[[Params, objectives.Batch], Metric
         )
         if prog.staged:
             return gradients.scores(prog, plain, params, batch)
-        _, sums = objectives.causal(plain, prog.model(params), batch, None, prog.packed)
+        _, sums = objectives.causal(
+            plain, prog.model(params), batch, None, prog.packed, graded=True
+        )
         return sums
 
     return prog.compiled(eval_step)

@@ -28,6 +28,8 @@ FLOORS = {
     "lm.hosts": 0.5,
     "lm.lookout": 0.75,
     "lm.data": 1.0,
+    "lm.batches": 1.5,
+    "lm.scores": 1.0,
     "lm.nn": 1.0,
     "lm.schedules": 1.0,
     "lm.matrices": 1.0,
@@ -54,7 +56,10 @@ FLOORS = {
 }
 
 # Imported where they are used: slow to load, or not needed by every run.
-LAZY = {"matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets"}
+LAZY = {
+    *("matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets"),
+    *("rouge_score", "sacrebleu", "snowballstemmer", "stop_words"),  # of extras
+}
 THIRD_PARTY = LAZY | {
     "absl",
     "array_record",

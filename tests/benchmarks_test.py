@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import checkpoint, contest, gpu, gpu_steps, loss_memory, startup, timing
+from benchmarks import (
+    baselines,
+    checkpoint,
+    contest,
+    gpu,
+    gpu_steps,
+    loss_memory,
+    startup,
+    timing,
+)
 from benchmarks import compile as compilation
+from lm.config import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +120,35 @@ def test_a_gpu_part_has_a_limit_and_fails_in_one_line(monkeypatch):
 @pytest.mark.timeout(900)
 def test_all_benchmarks_run_at_toy_size(capsys):
     assert command.main(["--quick"]) == 0, capsys.readouterr().out
+
+
+def test_a_dictionary_is_learned_from_sentences():
+    pairs = [("the house", "la casa"), ("the book", "el libro"), ("a book", "un libro")]
+    pairs += [("a house", "una casa"), ("The small house", "la casa pequeña")]
+    known = baselines.dictionary(pairs, iterations=20)
+    assert {w: known[w] for w in ("house", "book", "small")} == {
+        "house": "casa",
+        "book": "libro",
+        "small": "pequeña",
+    }
+    assert baselines.by_word("Book, house!  dog", known) == "Libro, casa!  dog"
+
+
+def test_spam_is_told_apart_or_what_is_missing(tmp_path):
+    pytest.importorskip("sklearn")
+    with pytest.raises(ConfigError, match=r"train\.jsonl is not there; `make spam`"):
+        baselines.spam(tmp_path)
+    for name, count in (("train", 20), ("test", 6)):
+        lines = [
+            {"label": label, "text": f"{text} {i}"}
+            for i in range(count // 2)
+            for label, text in (("ham", "see you at lunch"), ("spam", "win money now"))
+        ]
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    [(what, result)] = baselines.spam(tmp_path, str(tmp_path / "spam.png"))
+    assert "3 ham and 3 spam" in what and result.startswith(
+        "accuracy 1.0000, macro_f1 1"
+    )
+    assert (tmp_path / "spam.png").stat().st_size > 1000

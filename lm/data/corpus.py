@@ -1,9 +1,9 @@
-"""The English embedded in the package, as the TFDS dataset `lm_text`.
+"""The text embedded in the package, as the TFDS datasets `lm_text` and `lm_bible`.
 
-Configs: `all`; `shakespeare`, 38 plays; `union`, 233 State of the Union addresses;
-`moby_dick`, by chapter; `slice`, 1 MB of the three, for tests. A document is in the
-same split in every config that has it. Features: `text`, `title`, `id`, all of them
-text.
+`lm_text` is English. Configs: `all`; `shakespeare`, 38 plays; `union`, 233 State of the
+Union addresses; `moby_dick`, by chapter; `slice`, 1 MB of the three, for tests. A document
+is in the same split in every config that has it. `lm_bible` is the verses of the King
+James and of the Reina-Valera Bible, split by book. All features are text.
 
 The documents are in `text/*.jsonl.xz`; `text/PROVENANCE.md` says where they come from,
 how they were cleaned and why they are split as they are. `prepare` writes them as the
@@ -11,6 +11,7 @@ array_record files that `tfds.data_source` reads: no network, no TensorFlow.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -26,12 +27,9 @@ from etils import epath
 
 from lm.config import ConfigError, nearest
 
-NAME = "lm_text"
 VERSION = "1.0.0"  # raise it with any change of the text: prepared data is found by it
-FEATURES = ("text", "title", "id")
 SPLITS = ("train", "validation", "test")
 TEXT_DIR = pathlib.Path(__file__).parent / "text"
-# The files of each config; the first config is the one that `lm_text` alone means.
 CONFIGS = {
     "all": ("moby_dick", "shakespeare", "union"),
     "shakespeare": ("shakespeare",),
@@ -39,7 +37,32 @@ CONFIGS = {
     "moby_dick": ("moby_dick",),
     "slice": ("moby_dick", "shakespeare", "union"),
 }
-BUILDERS = (NAME, *(f"{NAME}/{config}" for config in CONFIGS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What TFDS is told of a dataset."""
+
+    about: str
+    features: tuple[str, ...]
+    configs: dict[str, tuple[str, ...]]  # their files; the name alone means the first
+
+
+DATASETS = {
+    "lm_text": Dataset(
+        "The English embedded in `lm`.", ("text", "title", "id"), CONFIGS
+    ),
+    "lm_bible": Dataset(
+        "Verses in English (King James) and Spanish (Reina-Valera 1909).",
+        ("en", "es", "id"),
+        {"verses": ("bible",)},
+    ),
+}
+BUILDERS = tuple(
+    builder
+    for name, found in DATASETS.items()
+    for builder in (name, *(f"{name}/{config}" for config in found.configs))
+)
 # How the ids of the documents of `slice` begin.
 SLICE = (
     "shakespeare/the-comedy-of-errors",
@@ -74,19 +97,19 @@ def prepare(name: str, data_dir: os.PathLike[str] | str) -> None:
         ConfigError: an unknown name, a damaged file of text, or a directory that
             can't be written.
     """
-    config = _config(name)
+    dataset, config = _named(name)
     root = epath.Path(data_dir).expanduser()
-    done = root / NAME / config / VERSION / "dataset_info.json"
+    done = root / dataset / config / VERSION / "dataset_info.json"
     if done.exists():
         return
-    for file in CONFIGS[config]:
+    for file in DATASETS[dataset].configs[config]:
         _packed(file)  # a damaged file is reported here, not from within TFDS
     try:
         with _quiet():
             import tensorflow_datasets as tfds
 
             # TFDS writes into a directory of a random name, which it then renames.
-            builder_class()(config=config, data_dir=root).download_and_prepare(
+            builder_class(dataset)(config=config, data_dir=root).download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
                 file_format="array_record",
             )
@@ -103,13 +126,13 @@ def prepare(name: str, data_dir: os.PathLike[str] | str) -> None:
         ) from error
 
 
-def documents(config: str) -> Iterator[dict[str, str]]:
-    """Yields the documents of a config: `id`, `title`, `split` and `text`.
+def documents(config: str, dataset: str = "lm_text") -> Iterator[dict[str, str]]:
+    """Yields the documents of a config: its features and `split`.
 
     Raises:
         ConfigError: a file of text is missing or damaged.
     """
-    for file in CONFIGS[config]:
+    for file in DATASETS[dataset].configs[config]:
         for line in lzma.decompress(_packed(file)).splitlines():
             document = json.loads(line)
             if config != "slice" or document["id"].startswith(SLICE):
@@ -117,27 +140,28 @@ def documents(config: str) -> Iterator[dict[str, str]]:
 
 
 @functools.cache
-def builder_class() -> Any:
-    """Returns the `tfds.core.GeneratorBasedBuilder` of `lm_text`.
+def builder_class(dataset: str = "lm_text") -> Any:
+    """Returns the `tfds.core.GeneratorBasedBuilder` of a dataset of this module.
 
     It is made when first asked for: importing TFDS takes most of a second, and a run
     that reads tokens already stored needs none of it.
     """
     import tensorflow_datasets as tfds
 
-    class LmText(tfds.core.GeneratorBasedBuilder):
-        """The text embedded in `lm`."""
+    found = DATASETS[dataset]
 
+    class Embedded(tfds.core.GeneratorBasedBuilder):
+        name = dataset
         VERSION = tfds.core.Version(VERSION)
         BUILDER_CONFIGS: ClassVar = [
-            tfds.core.BuilderConfig(name=config) for config in CONFIGS
+            tfds.core.BuilderConfig(name=config) for config in found.configs
         ]
 
         def _info(self) -> tfds.core.DatasetInfo:
-            features = {feature: tfds.features.Text() for feature in FEATURES}
+            features = {feature: tfds.features.Text() for feature in found.features}
             return tfds.core.DatasetInfo(
                 builder=self,
-                description=__doc__,
+                description=found.about,
                 features=tfds.features.FeaturesDict(features),
                 license="public domain",
             )
@@ -145,7 +169,7 @@ def builder_class() -> Any:
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
             del dl_manager  # nothing to download
             assert self.builder_config is not None
-            chosen = list(documents(self.builder_config.name))
+            chosen = list(documents(self.builder_config.name, dataset))
             return {split: self._generate_examples(split, chosen) for split in SPLITS}
 
         def _generate_examples(
@@ -153,13 +177,13 @@ def builder_class() -> Any:
         ) -> Iterator[tuple[str, dict[str, str]]]:
             for document in chosen:
                 if document["split"] == split:
-                    yield document["id"], {key: document[key] for key in FEATURES}
+                    yield document["id"], {key: document[key] for key in found.features}
 
-    return LmText
+    return Embedded
 
 
-def _config(name: str) -> str:
-    """Returns the config that `name` means."""
+def _named(name: str) -> tuple[str, str]:
+    """Returns the dataset and the config that `name` means."""
     known, _, version = name.partition(":")
     if known not in BUILDERS:
         raise ConfigError(
@@ -170,7 +194,8 @@ def _config(name: str) -> str:
         raise ConfigError(
             f"{name}: this release of lm has version {VERSION} of {known} only"
         )
-    return known.partition("/")[2] or next(iter(CONFIGS))
+    dataset, _, config = known.partition("/")
+    return dataset, config or next(iter(DATASETS[dataset].configs))
 
 
 def _packed(file: str) -> bytes:

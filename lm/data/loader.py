@@ -34,6 +34,7 @@ from lm.data import tokenizer as tokenizers
 from lm.data.cleaning import Cleaning
 from lm.data.store import Store
 from lm.data.tokenizer import Bytes, SentencePiece, Tokenizer
+from lm.data.words import Prepared, Words
 from lm.sharding import names, order
 
 Batch: TypeAlias = dict[str, np.ndarray]
@@ -43,7 +44,9 @@ Batch: TypeAlias = dict[str, np.ndarray]
 class Data:
     """Which text, how it becomes tokens, and how tokens become examples."""
 
-    source: tuple[str, ...]  # tfds:NAME[/CONFIG][#FIELD], text:GLOB, jsonl:GLOB#FIELD
+    source: tuple[
+        str, ...
+    ]  # tfds:NAME[/CONFIG][#FIELD], text:GLOB, jsonl:GLOB#FIELD[+FIELD]
     weights: tuple[float, ...] = ()  # of the sources, in examples; () goes by size
     split: str = "train"
     length: int = 1024  # tokens of an example
@@ -81,7 +84,15 @@ class Data:
                 )
 
 
-def tokenizer(data: Data, vocab_size: int) -> Tokenizer:
+def _found(data: Data, words: Words | None) -> list[sources.Source]:
+    """Returns the sources of `data`, with their words changed where that is asked for."""
+    found = [sources.find(spec, data.tfds_dir) for spec in data.source]
+    if words is None or words == Words():
+        return found
+    return [Prepared(source, words) for source in found]
+
+
+def tokenizer(data: Data, vocab_size: int, words: Words | None = None) -> Tokenizer:
     """Returns the tokenizer of `data`, trained once and then kept beside the stores.
 
     Raises:
@@ -92,7 +103,7 @@ def tokenizer(data: Data, vocab_size: int) -> Tokenizer:
         coder = tokenizers.load(chosen)
         tokenizers.sizes_agree(coder, vocab_size)
         return coder
-    found = [sources.find(spec, data.tfds_dir) for spec in data.source]
+    found = _found(data, words)
     key = {
         "sources": [source.fingerprint(data.split) for source in found],
         "split": data.split,
@@ -140,7 +151,8 @@ def _sample(
         share = left if scale >= 1 else max(2 * left / max(len(some), 1), 1 << 20)
         for i in packing.shuffled(len(some), "sample", chosen.seed, number):
             taken = 0.0
-            for text, _ in job.documents(some[i]):
+            for texts, _ in job.documents(some[i]):
+                text = "\n".join(texts)
                 text = text[: int(min(left, share - taken)) + 1]
                 yield text
                 taken += len(text.encode())
@@ -151,17 +163,20 @@ def _sample(
                 break
 
 
-def stores(data: Data, coder: Tokenizer, split: str = "") -> list[Store]:
+def stores(
+    data: Data, coder: Tokenizer, split: str = "", words: Words | None = None
+) -> list[Store]:
     """Returns the store of every source of `data`, building those that do not exist.
 
     Args:
         data: its `source`, `cleaning`, `holdout` and directories say what and where.
         coder: the tokenizer.
         split: of each source; "" for `data.split`.
+        words: what is done to the words of the first field.
     """
     return [
         store.obtain(
-            sources.find(spec, data.tfds_dir),
+            source,
             split or data.split,
             cleaning=data.cleaning,
             coder=coder,
@@ -169,29 +184,42 @@ def stores(data: Data, coder: Tokenizer, split: str = "") -> list[Store]:
             store_dir=data.store_dir,
             processes=data.workers,
         )
-        for spec in data.source
+        for source in _found(data, words)
     ]
 
 
 def examples(data: Data, parts: Sequence[Store], seed: int) -> grain.MapDataset:
-    """Returns the endless training examples: rows of `packing` with an `index`.
+    """Returns the endless training examples: rows of `packing` with an `index`."""
+
+    def rows(part: Store, own: int) -> Any:
+        if data.packing == "windows":
+            return packing.Windows(part, data.length, own).shuffle(own)
+        return packing.Packed(part, data.length, own)
+
+    made = mixture(data, parts, seed, rows)
+    return made if data.isolate else made.map(_joined)
+
+
+def mixture(
+    data: Data,
+    parts: Sequence[Store],
+    seed: int,
+    make: Callable[[Store, int], Any],
+) -> grain.MapDataset:
+    """Returns the endless rows that `make` makes of each store and a seed of its own.
 
     Each source is shuffled anew every epoch of its own. The mixture interleaves the
-    sources by index, evenly, to 1 % of the smallest weight.
+    sources by index, evenly, to 1 % of the smallest weight. Each row gets its `index`.
     """
-    rows: list[Any] = []
-    for k, part in enumerate(parts):
-        own = packing.hashed("rows", seed, k, bits=32)
-        if data.packing == "windows":
-            rows.append(packing.Windows(part, data.length, own).shuffle(own))
-        else:
-            rows.append(packing.Packed(part, data.length, own))
+    rows = [
+        make(part, packing.hashed("rows", seed, k, bits=32))
+        for k, part in enumerate(parts)
+    ]
     mixed = rows[0].repeat()
     if len(rows) > 1:
         weights = data.weights or [len(r) for r in rows]
         mixed = grain.MapDataset.mix([r.repeat() for r in rows], weights)
-    mixed = mixed.map_with_index(_numbered)
-    return mixed if data.isolate else mixed.map(_joined)
+    return mixed.map_with_index(numbered)
 
 
 def evaluation(data: Data, part: Store, stride: int | None = None) -> grain.MapDataset:
@@ -202,11 +230,12 @@ def evaluation(data: Data, part: Store, stride: int | None = None) -> grain.MapD
         part: the store.
         stride: targets that an example scores, its last ones; None for all.
     """
-    rows = packing.Evaluation(part, data.length, stride).map_with_index(_numbered)
+    rows = packing.Evaluation(part, data.length, stride).map_with_index(numbered)
     return rows if data.isolate else rows.map(_joined)
 
 
-def _numbered(index: int, row: packing.Row) -> packing.Row:
+def numbered(index: int, row: packing.Row) -> packing.Row:
+    """Returns the row with its index, modulo 2**32."""
     return {**row, "index": np.uint32(index & 0xFFFFFFFF)}
 
 

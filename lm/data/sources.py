@@ -1,9 +1,12 @@
 """Where text comes from: TFDS by name, text files by glob, JSON lines by field.
 
 `find("tfds:lm1b")`, `find("text:books/**/*.txt")` and `find("jsonl:web/*.jsonl#text")`
-give a source. A source lists its parts: small picklable descriptions of some 4 MB of
-documents each, which worker processes read side by side, so that documents come in one
-order whatever their number. Paths may be local or remote (`gs://...`).
+give a source. A document is one text, or several that belong together (a sentence and its
+translation, a text and its label) where several fields are named: `#en+es`.
+
+A source lists its parts: small picklable descriptions of some 4 MB of documents each,
+which worker processes read side by side, so that documents come in one order whatever
+their number. Paths may be local or remote (`gs://...`).
 
 A fingerprint says whether a source still holds the same documents: up to 64 MB it
 hashes the content of the files (the same on any machine), above it their names, sizes
@@ -35,8 +38,8 @@ class Part(Protocol):
         """Bytes of text, about."""
         ...
 
-    def documents(self) -> Iterator[str]:
-        """Yields the text of each document, in order."""
+    def documents(self) -> Iterator[tuple[str, ...]]:
+        """Yields the texts of each document, one a field, in order."""
         ...
 
 
@@ -45,6 +48,11 @@ class Source(Protocol):
     @property
     def spec(self) -> str:
         """What the user wrote."""
+        ...
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the texts that a document has."""
         ...
 
     @property
@@ -63,7 +71,8 @@ def find(spec: str, tfds_dir: str = "") -> Source:
     Args:
         spec: `tfds:NAME[/CONFIG][#FIELD]`, `text:GLOB[#SIZE]` or `jsonl:GLOB#FIELD`. A
             text file is one document, or with a SIZE such as 16k or 1M it is cut into
-            documents of about that many bytes, at blank lines.
+            documents of about that many bytes, at blank lines. `#FIELD+FIELD` takes
+            several fields of each document.
         tfds_dir: where TFDS keeps prepared data sets; "" for its default.
 
     Raises:
@@ -81,12 +90,17 @@ def find(spec: str, tfds_dir: str = "") -> Source:
         size = int(cut[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[cut[2]] if cut else 0
         pattern = rest[: cut.start()] if cut else rest
         return TextFiles(spec, _glob(spec, pattern), size)
-    name, _, field = rest.partition("#")
+    name, _, named = rest.partition("#")
+    fields = tuple(named.split("+")) if named else ()
+    if "" in fields or len(set(fields)) < len(fields):
+        raise ConfigError(
+            f"data.source={spec}: expected one name or several different ones, as in #en+es"
+        )
     if kind == "jsonl":
-        return JsonLines(spec, _glob(spec, name), field or "text")
+        return JsonLines(spec, _glob(spec, name), fields or ("text",))
     from lm.data import tfds_source  # which itself needs this module
 
-    return tfds_source.find(spec, name, field, tfds_dir)
+    return tfds_source.find(spec, name, fields, tfds_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +169,7 @@ class TextFiles:
     files: tuple[File, ...]
     cut: int  # bytes; 0: whole files
     own_splits = False
+    fields = ("text",)
 
     def parts(self, split: str) -> list["TextPart"]:
         del split  # made from the hash of each document
@@ -179,10 +194,11 @@ class TextPart:
     def size(self) -> int:
         return sum(f.size for f in self.files)
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[tuple[str]]:
         for file in self.files:
             text = decode(epath.Path(file.path).read_bytes(), file.path)
-            yield from _pieces(text, self.cut) if self.cut else [text]
+            for piece in _pieces(text, self.cut) if self.cut else [text]:
+                yield (piece,)
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:
@@ -210,24 +226,24 @@ def decode(data: bytes, where: str, offset: int = 0) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """Files of one JSON object a line; `field` holds the text."""
+    """Files of one JSON object a line; `fields` hold the texts."""
 
     spec: str
     files: tuple[File, ...]
-    field: str
+    fields: tuple[str, ...]
     own_splits = False
 
     def parts(self, split: str) -> list["JsonPart"]:
         del split  # made from the hash of each document
         return [
-            JsonPart(f.path, start, min(start + _PART, f.size), self.field)
+            JsonPart(f.path, start, min(start + _PART, f.size), self.fields)
             for f in self.files
             for start in range(0, f.size, _PART)
         ]
 
     def fingerprint(self, split: str) -> str:
         del split
-        return identity(self.files, "jsonl", self.field)
+        return identity(self.files, "jsonl", *self.fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,13 +253,13 @@ class JsonPart:
     path: str
     start: int
     stop: int
-    field: str
+    fields: tuple[str, ...]
 
     @property
     def size(self) -> int:
         return self.stop - self.start
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[tuple[str, ...]]:
         with epath.Path(self.path).open("rb") as file:
             if self.start:
                 file.seek(self.start - 1)
@@ -251,10 +267,10 @@ class JsonPart:
             at = file.tell()
             while at < self.stop and (line := file.readline()):
                 if line.strip():
-                    yield self._text(line, at)
+                    yield self._texts(line, at)
                 at += len(line)
 
-    def _text(self, line: bytes, at: int) -> str:
+    def _texts(self, line: bytes, at: int) -> tuple[str, ...]:
         try:
             record = json.loads(decode(line, self.path, at))
         except json.JSONDecodeError as error:
@@ -264,18 +280,21 @@ class JsonPart:
         if not isinstance(record, dict):
             kind = type(record).__name__
             raise ConfigError(f"{self._line(at)}: expected a JSON object, got {kind}")
-        if self.field not in record:
+        return tuple(self._text(record, field, at) for field in self.fields)
+
+    def _text(self, record: dict[str, Any], field: str, at: int) -> str:
+        if field not in record:
             raise ConfigError(
-                f"{self._line(at)}: no field {self.field!r}"
-                f"{nearest(self.field, record)} (fields: {', '.join(record)}); "
+                f"{self._line(at)}: no field {field!r}"
+                f"{nearest(field, record)} (fields: {', '.join(record)}); "
                 "name it as in jsonl:GLOB#FIELD"
             )
-        text = record[self.field]
+        text = record[field]
+        if type(text) is int and field != self.fields[0]:  # a label
+            return str(text)
         if not isinstance(text, str):
             kind = type(text).__name__
-            raise ConfigError(
-                f"{self._line(at)}: field {self.field!r} is {kind}, not text"
-            )
+            raise ConfigError(f"{self._line(at)}: field {field!r} is {kind}, not text")
         return text
 
     def _line(self, at: int) -> str:

@@ -1,9 +1,10 @@
 """The token store: text tokenized once, then read by index from memory-mapped files.
 
 A store holds one split of one source as a stream of documents, `[eot] t0 t1 ...` each,
-in the order of the source. The stream is cut into shards of whole documents:
-`tokens-00000` (uint16, or uint32 for vocabularies above 65,536) and `starts-00000`
-(uint64, where in the shard each document begins). The same text, cleaning and tokenizer
+in the order of the source. A document of several fields is several such texts, one after
+the other. The stream is cut into shards of whole documents: `tokens-00000` (uint16, or
+uint32 for vocabularies above 65,536) and `starts-00000` (uint64, where in the shard each
+text begins). The same text, cleaning and tokenizer
 give the same bytes, whatever the number of workers; together they make the name of the
 store, so that a store is never used for anything but what it was made of.
 """
@@ -41,6 +42,7 @@ class Store:
         self.counts: dict[str, int] = facts["counts"]
         self.tokens: int = self.counts["tokens"]
         self.eot: int = facts["eot"]
+        self.fields: tuple[str, ...] = tuple(facts.get("fields", ("text",)))
         self.token_bytes: Int32[np.ndarray, " vocab"] = np.fromfile(
             path / "token_bytes", np.int32
         )
@@ -69,7 +71,7 @@ class Store:
         return self._tokens[shard][offset : offset + count]
 
     def starts(self, start: int, stop: int) -> Int64[np.ndarray, " documents"]:
-        """Returns which tokens in [start, stop) begin a document; not over the end."""
+        """Returns which tokens in [start, stop) begin a text; not over the end."""
         found = [np.empty(0, np.int64)]
         for first, last, starts in zip(
             self._first, self._first[1:], self._starts, strict=False
@@ -151,6 +153,7 @@ def obtain(
             "key": key,
             "dtype": job.dtype,
             "eot": coder.eot,
+            "fields": source.fields,
             "counts": counts,
             "shards": shards,
         }
@@ -197,7 +200,7 @@ def _write(
             keep = _unseen(chunk.digests, seen) if job.cleaning.duplicates else None
             tokens, lengths, sizes = chunk.tokens, chunk.lengths, chunk.bytes
             if keep is not None and not keep.all():
-                tokens = tokens[np.repeat(keep, lengths)]
+                tokens = tokens[np.repeat(keep, lengths.sum(1))]
                 lengths, sizes = lengths[keep], sizes[keep]
             counts["empty"] += chunk.empty
             counts["duplicates"] += len(chunk.lengths) - len(lengths)
@@ -215,7 +218,7 @@ def _write(
                     ]
                     files = (opened[0], opened[1])
                     shards.append(0)
-                starts = np.cumsum(lengths) - lengths + shards[-1]
+                starts = np.cumsum(lengths) - lengths.ravel() + shards[-1]
                 files[0].write(tokens.data)
                 files[1].write(starts.astype(np.uint64).data)
                 shards[-1] += len(tokens)

