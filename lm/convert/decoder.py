@@ -161,7 +161,11 @@ def write(model: Transformer.Config, **more: Any) -> dict[str, Any]:
     assert isinstance(model.norm, RmsNorm.Config)
     assert isinstance(model.positions, Rope)
     dense: Any = model.ffn
+    longest = {}
+    if isinstance(scaling := model.positions.scaling, Yarn):
+        longest["max_position_embeddings"] = round(scaling.factor * scaling.length)
     return {
+        **longest,
         "hidden_size": model.dim,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
