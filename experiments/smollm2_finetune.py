@@ -21,7 +21,7 @@ IMPORTED = "runs/smollm2"  # the work directory that --mode=import left
 
 
 def experiment() -> Experiment:
-    """Returns 134.5 M parameters on eight shares (ZeRO-3), 12 steps of 8 x 256 tokens."""
+    """Returns 134.5 M parameters on eight shares (ZeRO-3), 8 steps of 8 x 128 tokens."""
     return Experiment(
         name="smollm2_finetune",
         about="SmolLM2 135M, imported, fine-tuned on the embedded prose; eight devices",
@@ -40,7 +40,7 @@ def experiment() -> Experiment:
         ),
         data=Data(
             source=("tfds:lm_text/moby_dick",),
-            length=256,
+            length=128,
             tokenizer=HuggingFace(path=f"{IMPORTED}/tokenizer"),
         ),
         optim=Optim(
@@ -49,9 +49,9 @@ def experiment() -> Experiment:
             schedule=Cosine(warmup=2),
         ),
         mesh=MeshConfig(data=1, fsdp=8),
-        train=Train(steps=12, batch_size=8, log_every=1, init_from=IMPORTED),
-        eval=Eval(every=0, sets=(EvalSet(batches=4),)),
+        train=Train(steps=8, batch_size=8, log_every=1, init_from=IMPORTED),
+        eval=Eval(every=0, sets=(EvalSet(batches=2),)),
         checkpoint=Checkpoint(every=0, keep=1),
-        generate=Generate(tokens=40, prompts=("Call me",)),
+        generate=Generate(tokens=20, prompts=("Call me",)),
         devices=8,
     )

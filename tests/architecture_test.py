@@ -43,7 +43,7 @@ FLOORS = {
     "lm.evaluate": 4.0,
     "lm.resume": 4.0,
     "lm.plan": 4.0,
-    "lm.convert": 4.0,
+    "lm.convert": 4.25,
     "lm.compress": 4.0,
     "lm.log": 4.5,
     "lm.loop": 5.0,

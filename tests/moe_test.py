@@ -4,6 +4,7 @@ Shapes: B rows, T length, D embed, F hidden width, E experts, K choices of a tok
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -99,31 +100,33 @@ def flat(module):
     }
 
 
+def expert_of(activation, t, up, down, gate, *shifts):
+    """One expert on one token."""
+    up_bias, down_bias, gate_bias = shifts or (0, 0, 0)
+    act = jax.nn.silu if activation == "swiglu" else jax.nn.gelu
+    up = t @ up + up_bias
+    if gate is None:
+        return act(up) @ down + down_bias
+    gate = t @ gate + gate_bias
+    if activation == "clamped":
+        gate, up = jnp.minimum(gate, 0.5), jnp.clip(up, -0.5, 0.5)
+        return (gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)) @ down + down_bias
+    return (act(gate) * up) @ down + down_bias
+
+
+def in_groups(config, ranked):
+    """The scores by which one chooses: -1 in all groups but the best."""
+    if config.limited is None:
+        return ranked
+    best = np.argsort(-ranked.reshape(4, 2).max(-1))[:2]
+    return np.where(np.isin(np.arange(E) // 2, best), ranked, -1)
+
+
 def loop(config, w, x):
     """The layer as a loop over tokens, in float64: loss, (y, losses, load, dropped, margin)."""
     k, room = config.top_k, config.room(T)
     soft = isinstance(config.gate, Softmax)
-    act = jax.nn.silu if config.activation == "swiglu" else jax.nn.gelu
-
-    def expert(t, up, down, gate, *shifts):
-        up_bias, down_bias, gate_bias = shifts or (0, 0, 0)
-        up = t @ up + up_bias
-        if gate is None:
-            return act(up) @ down + down_bias
-        gate = t @ gate + gate_bias
-        if config.activation == "clamped":
-            gate, up = jnp.minimum(gate, 0.5), jnp.clip(up, -0.5, 0.5)
-            hidden = gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
-        else:
-            hidden = act(gate) * up
-        return hidden @ down + down_bias
-
-    def in_groups(ranked):
-        if config.limited is None:
-            return ranked
-        best = np.argsort(-ranked.reshape(4, 2).max(-1))[:2]
-        return np.where(np.isin(np.arange(E) // 2, best), ranked, -1)
-
+    expert = functools.partial(expert_of, config.activation)
     y, losses = jnp.zeros((B, T, D)), []
     load, dropped, margin = np.zeros(E, int), 0, np.inf
     for b in range(B):
@@ -140,7 +143,7 @@ def loop(config, w, x):
             logits = x[b, t] @ w["router_de"] + w.get("router_bias_e", 0)
             score = jax.nn.softmax(logits) if soft else jax.nn.sigmoid(logits)
             ranked = np.asarray(jax.lax.stop_gradient(score)) + w.get("balance_e", 0)
-            ranked = in_groups(ranked)
+            ranked = in_groups(config, ranked)
             best = np.argsort(-ranked, kind="stable")
             margin = min(margin, ranked[best[k - 1]] - ranked[best[k]])
             total = score[best[:k]].sum() if config.gate.renormalize else 1.0

@@ -15,7 +15,7 @@ from lm import generate, gradients, stacked
 from lm.experiment import Generate
 from lm.nn import attend
 
-ROUNDINGS = 64  # of a gradient's norm: sums in another order
+ROUNDINGS = 128  # of a gradient: sums in another order, through up to four layers
 ATTENTION = [
     *("model.layers=4", "model.norms=both", "model.norm.offset=1", "model.embed_scale=3"),
     *("model.attention.sinks=true", "model.attention.scale=0.3", "model.local=Local"),

@@ -256,9 +256,21 @@ def send_out(
     writer.close()
     _write_json(place / "config.json", {"architectures": [family.architecture], **data,
                                         "dtype": usual})  # fmt: skip
-    for name, content in coder.files().items():
-        if name in (pretrained.MAIN, *pretrained.BESIDE):
-            (place / name).write_bytes(content)
+    for name, content in _tokenizer_files(experiment, coder, workdir).items():
+        (place / name).write_bytes(content)
+
+
+def _tokenizer_files(
+    experiment: Experiment, coder: tokenizers.Tokenizer, workdir: str
+) -> dict[str, bytes]:
+    """Returns the tokenizer's files, and those that stood beside it where it was imported."""
+    names, found = (pretrained.MAIN, *pretrained.BESIDE), {}
+    for folder in (workdir, experiment.train.init_from):
+        beside = epath.Path(folder or ".") / TOKENIZER
+        if folder and not found and beside.exists():
+            found = {p.name: p.read_bytes() for p in beside.iterdir()}
+    found |= coder.files()
+    return {name: content for name, content in found.items() if name in names}
 
 
 def _described(
