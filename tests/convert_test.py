@@ -11,7 +11,8 @@ import toy
 from etils import epath
 
 from lm import config
-from lm.convert import families, files, steps, weights
+from lm.convert import families, files, gguf, steps, weights, work
+from lm.convert.family import essence
 from lm.data import chat, pretrained
 from lm.data import tokenizer as tokenizers
 from lm.experiment import Experiment
@@ -102,15 +103,15 @@ def source(tmp_path_factory):
     return folder
 
 
-def shapes(family):
-    """Yields the name and shape of every tensor of `MODEL`."""
+def shapes(family, model=MODEL):
+    """Yields the name and shape of every tensor."""
     D, H, K, F = MODEL.dim, MODEL.head_dim, MODEL.kv_heads, 48
     kinds = {
         "embed_tokens": (VOCAB, D), "q_proj": (MODEL.heads * H, D), "k_proj": (K * H, D),
         "v_proj": (K * H, D), "o_proj": (D, MODEL.heads * H), "gate_proj": (F, D),
-        "up_proj": (F, D), "down_proj": (D, F),
+        "up_proj": (F, D), "down_proj": (D, F), "q_norm": (H,), "k_norm": (H,),
     }  # fmt: skip
-    for name in family.table(MODEL).names():
+    for name in family.table(model).names():
         kind = name.split(".")[-2]
         yield name, kinds.get(kind, (D,))
 
@@ -244,6 +245,54 @@ def test_a_file_that_is_cut_off_is_found(source, tmp_path):
     one.write_bytes(one.read_bytes()[:-10])
     with toy.refused("cut off or damaged"):
         files.Safetensors(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_gguf_file_has_the_same_tensors_and_tokens(kind, source, tmp_path):
+    package = pytest.importorskip("gguf", reason="GGUF files need the extra hf: gguf")
+    model = config.override(
+        MODEL, ["positions.scaling=none", f"attention.qk_norm={kind == 'qwen3'}"]
+    )
+    family = families.FAMILIES[kind]
+    coder = tokenizers.load(pretrained.HuggingFace(path=str(source)))
+    data = json.loads(coder.files()["tokenizer.json"])
+    names = [*data["model"]["vocab"], "<spare 1>", "<spare 2>"]
+    writer = package.GGUFWriter(str(tmp_path / "model.gguf"), kind)
+    for add, value in {
+        "block_count": 3, "context_length": 32, "embedding_length": 32, "head_count": 4,
+        "feed_forward_length": 48, "head_count_kv": 2, "key_length": 8,
+        "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e4, "tokenizer_model": "gpt2",
+        "tokenizer_pre": "gpt-2", "token_list": names, "token_merges": ["a b"],
+        "token_types": [3, 3, *[1] * (len(names) - 4), 1, 1], "eos_token_id": 1,
+        "bos_token_id": 0, "chat_template": TEMPLATE,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    rng, tensors = np.random.default_rng(0), {}
+    short = {long: own for own, long in gguf.NAMES.items()}
+    for name, shape in shapes(family, model):
+        tensors[name] = value = rng.standard_normal(shape).astype(np.float32)
+        stem, layer = name.removesuffix(".weight"), name.split(".")[2]
+        if kind == "llama" and ("q_proj" in name or "k_proj" in name):
+            halves = value.reshape(-1, 2, 4, 32)  # of heads of 8
+            value = halves.swapaxes(1, 2).reshape(value.shape)
+        inner = stem.removeprefix(f"model.layers.{layer}.")
+        own = short[inner] if inner == stem else f"blk.{layer}.{short[inner]}"
+        writer.add_tensor(f"{own}.weight", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = work.opened(str(tmp_path / "model.gguf"))
+    assert essence(found.model) == essence(model)
+    read = found.tensors()
+    assert read.shapes == {k: v.shape for k, v in tensors.items()}
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(read.tensor(name), value)
+    again = tokenizers.from_files(found.tokenizer)
+    for text in TEXTS:
+        np.testing.assert_array_equal(again.encode(text), coder.encode(text))
+        assert again.decode(again.encode(text)) == text
+    assert chat.template(again) == TEMPLATE
 
 
 def test_a_model_that_no_family_can_express_names_what_is_missing():
