@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import families_hf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,46 +33,6 @@ MODEL = Transformer.Config(
     attention=Attention.Config(head_dim=8),
     ffn=Mlp.Config(hidden=48), positions=Rope(scaling=Llama3(length=16)),
 )  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}"
-    "<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
-
-
-def write_tokenizer(folder):
-    """A byte-level tokenizer.json whose pieces are single bytes and one merge."""
-    letters = sorted(pretrained._byte_of(), key=pretrained._byte_of().get)
-    names = ["<s>", "</s>", *letters, "ab"]
-    marks = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-    }
-    data = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-        "added_tokens": [
-            {"id": i, "content": name, "special": True, **marks}
-            for i, name in enumerate(names[:2])
-        ],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
-                          "trim_offsets": True, "use_regex": True},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-                    "use_regex": True},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {name: i for i, name in enumerate(names)}, "merges": ["a b"]},
-    }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    about = {
-        "eos_token": "</s>",
-        "bos_token": {"content": "<s>"},
-        "chat_template": TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +60,7 @@ def source(tmp_path_factory):
         writer.add(name, value)
     writer.close()
     assert (folder / files.INDEX).exists()
-    write_tokenizer(folder)
+    families_hf.write_tokenizer(folder)
     return folder
 
 
@@ -154,6 +115,43 @@ def test_what_was_imported_is_exported_byte_for_byte(source, imported, tmp_path)
     result = main("export", imported, f"--to={out}")
     assert result.code == 2
     assert "not empty" in result.err
+
+
+def test_a_bare_gpt2_keeps_its_names_and_leaves_its_masks_out(source, tmp_path):
+    """The weights that OpenAI's GPT-2 is stored by have no prefix, and masks among them."""
+    family, model = families.read(
+        {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 32,
+         "vocab_size": VOCAB}
+    )  # fmt: skip
+    _, data = families.write(model)
+    rng, tensors = np.random.default_rng(0), {}
+    widths = {
+        "c_attn": (32, 96),
+        "c_fc": (32, 128),
+        "wte": (VOCAB, 32),
+        "wpe": (32, 32),
+    }
+    for name in family.table(model).names():
+        stem, kind = name.removeprefix("transformer.").rsplit(".", 1)
+        shape = widths.get(stem.split(".")[-1], (32, 32))
+        shape = (128, 32) if stem.endswith("mlp.c_proj") else shape
+        shape = shape[-1:] if kind == "bias" or "ln_" in stem else shape
+        tensors[f"{stem}.{kind}"] = rng.standard_normal(shape).astype(np.float16)
+    folder = epath.Path(tmp_path / "gpt2")
+    folder.mkdir()
+    masks = {f"h.{i}.attn.bias": np.ones((1, 1, 4, 4), np.float32) for i in range(2)}
+    files.save({**tensors, **masks}, folder / files.SINGLE)
+    (folder / "config.json").write_text(json.dumps(data))
+    families_hf.write_tokenizer(folder)
+    result = main("import", tmp_path / "w", f"--from={folder}", *sets("mesh.data=1"))
+    assert result.code == 0, result.err
+    assert "left out: 2 tensors" in result.err
+    result = main("export", tmp_path / "w", f"--to={tmp_path}/out")
+    assert result.code == 0, result.err
+    after = files.Safetensors(epath.Path(tmp_path / "out"))
+    assert after.shapes.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert after.tensor(name).tobytes() == value.tobytes(), name
 
 
 ONE = sets("mesh.pipe=1", "mesh.fsdp=1", "mesh.tensor=1", "generate.tokens=4")
@@ -264,7 +262,7 @@ def test_a_gguf_file_has_the_same_tensors_and_tokens(kind, source, tmp_path):
         "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e4, "tokenizer_model": "gpt2",
         "tokenizer_pre": "gpt-2", "token_list": names, "token_merges": ["a b"],
         "token_types": [3, 3, *[1] * (len(names) - 4), 1, 1], "eos_token_id": 1,
-        "bos_token_id": 0, "chat_template": TEMPLATE,
+        "bos_token_id": 0, "chat_template": families_hf.TEMPLATE,
     }.items():  # fmt: skip
         getattr(writer, f"add_{add}")(value)
     rng, tensors = np.random.default_rng(0), {}
@@ -289,10 +287,10 @@ def test_a_gguf_file_has_the_same_tensors_and_tokens(kind, source, tmp_path):
     for name, value in tensors.items():
         np.testing.assert_array_equal(read.tensor(name), value)
     again = tokenizers.from_files(found.tokenizer)
-    for text in TEXTS:
+    for text in families_hf.TEXTS:
         np.testing.assert_array_equal(again.encode(text), coder.encode(text))
         assert again.decode(again.encode(text)) == text
-    assert chat.template(again) == TEMPLATE
+    assert chat.template(again) == families_hf.TEMPLATE
 
 
 def test_a_model_that_no_family_can_express_names_what_is_missing():
@@ -324,43 +322,6 @@ def test_a_step_back_is_its_inverse(step, shape):
 def test_pairs_that_take_turns_lie_in_halves():
     (found,) = steps.Halves(-1, 4).ours((np.array([9, 8, 0, 1, 2, 3]),))
     np.testing.assert_array_equal(found, [9, 8, 0, 2, 1, 3])
-
-
-TEXTS = ["", "abab cab", "Zwölf ☂ \n\n  tabs\t", "</s> is no mark <s>", "\r\n\0"]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_text_comes_back_and_every_byte_is_counted(source, text):
-    coder = tokenizers.load(pretrained.HuggingFace(path=str(source)))
-    ids = coder.encode(text)
-    assert coder.decode(ids) == text
-    assert coder.token_bytes[ids].sum() == len(text.encode())
-    assert not {0, 1} & set(ids.tolist())
-    again = tokenizers.from_files(coder.files())
-    assert again.fingerprint == coder.fingerprint
-    assert (again.eot, again.ends, again.size) == (1, (1,), 259)
-    assert coder.prompt("a").tolist() == [1, *coder.encode("a")]
-
-
-def test_a_conversation_is_written_by_the_template(source):
-    coder = chat.Chat(tokenizers.load(pretrained.HuggingFace(path=str(source))))
-    ids = coder.prompt("ab").tolist()
-    plain = lambda text: coder.encode(text).tolist()  # noqa: E731
-    assert ids == [0, *plain("user: ab"), 1, 0, *plain("assistant: ")]
-    with toy.refused("--chat", "none"):
-        coder.conversation([{"role": "system", "content": "x"}])
-    with toy.refused("no chat template"):
-        chat.Chat(tokenizers.ByteTokenizer())
-
-
-def test_a_template_reaches_nothing_of_the_program(source):
-    text = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    folder = tokenizers.load(pretrained.HuggingFace(path=str(source))).files()
-    coder = pretrained.HuggingFaceTokenizer(
-        {**folder, "chat_template.jinja": text.encode()}
-    )
-    with toy.refused("--chat", "unsafe"):
-        chat.Chat(coder).prompt("x")
 
 
 def test_the_config_of_an_import_can_be_read_again(imported):

@@ -137,11 +137,7 @@ def bring_in(
         _same_head(source, table)
     say(_summary(found, source, prog, left))
 
-    if jax.process_index() == 0:
-        (place / TOKENIZER).mkdir(parents=True, exist_ok=True)
-        for name, content in found.tokenizer.items():
-            (place / TOKENIZER / name).write_bytes(content)
-    coder = tokenizers.load(experiment.data.tokenizer)
+    coder = _coder(found, experiment)
     tokenizers.sizes_agree(coder, vocab)
     params = weights.read(prog, source, every)
     kept = checkpoint.Checkpoints(str(place / checkpoint.FOLDER), report=say)
@@ -157,9 +153,21 @@ def bring_in(
     kept.save(0, train.saved(prog, {"params": params}), meta, coder.files())
     kept.close()
     if jax.process_index() == 0:
+        (place / TOKENIZER).mkdir(parents=True, exist_ok=True)
+        for name, content in found.tokenizer.items():
+            (place / TOKENIZER / name).write_bytes(content)
         _write_json(place / ORIGIN / "config.json", found.config)
         _write_json(place / ORIGIN / "tensors.json", source.dtypes)
         _write_json(place / "config.json", config.to_json(experiment))
+
+
+def _coder(found: Model, experiment: Experiment) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of the files that were read."""
+    chosen = experiment.data.tokenizer
+    if isinstance(chosen, SentencePiece):
+        model = found.tokenizer["tokenizer.model"]
+        return tokenizers.SentencePieceTokenizer(model, begin=chosen.begin)
+    return tokenizers.from_files(found.tokenizer)
 
 
 def _write_json(path: epath.Path, data: Any) -> None:
