@@ -5,7 +5,8 @@ from lm.data.tokenizer import SentencePiece
 from lm.experiment import Checkpoint, Eval, EvalSet, Experiment, Train
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
-from lm.nn.layers import RmsNorm, Rope
+from lm.nn.layers import RmsNorm
+from lm.nn.rope import Rope
 from lm.objectives import Causal
 from lm.optim import AdamW, Cosine, Optim
 from lm.sharding import MeshConfig

@@ -4,8 +4,9 @@ from lm.data.loader import Data
 from lm.data.tokenizer import SentencePiece
 from lm.experiment import Checkpoint, Eval, EvalSet, Experiment, Train
 from lm.models.transformer import Transformer
-from lm.nn.layers import RmsNorm, Rope
+from lm.nn.layers import RmsNorm
 from lm.nn.moe import Dropless, Moe
+from lm.nn.rope import Rope
 from lm.optim import AdamW, Cosine, Optim
 from lm.sharding import MeshConfig
 

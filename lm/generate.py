@@ -87,7 +87,7 @@ def texts(
             f"generate.tokens={config.tokens}, but the context (data.length={context}) "
             f"has room for {room} after a prompt of {longest} tokens: texts end there"
         )
-    sample = make_sample(prog, config, coder.eot)
+    sample = make_sample(prog, config, coder.eot, coder.ends)
     key = jax.random.key(config.seed)
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     jobs = [(i, number) for i in by_length for number in range(config.samples)]
@@ -130,17 +130,20 @@ def make_rows(
     return Rows(tokens_BT, lengths_B, limits_B, streams_B2)
 
 
-def make_sample(prog: Program, config: Generate, eot: int) -> Sample:
+def make_sample(
+    prog: Program, config: Generate, eot: int, ends: Sequence[int] = ()
+) -> Sample:
     """Returns the compiled function (params, rows, key) -> (new tokens [B, M], finite).
 
-    M is `config.tokens`; it stops when every row has ended, and a row that has goes on
-    with `eot`. `finite` is False where a logit was not. It is compiled for each shape
-    of the rows.
+    M is `config.tokens`; it stops when every row has ended, with `eot` or another of
+    `ends`, and a row that has goes on with `eot`. `finite` is False where a logit was
+    not. It is compiled for each shape of the rows.
     """
     # A step has one token, which can't be split: the length is whole on every device.
     rules = dataclasses.replace(prog.layout.rules, length=(), residual=())
     layout = dataclasses.replace(prog.layout, rules=rules)
-    jitted = jax.jit(functools.partial(_sample, prog, config, eot))
+    stops = (eot, *(i for i in ends if i != eot))
+    jitted = jax.jit(functools.partial(_sample, prog, config, stops))
 
     def sample(params: Params, rows: Rows, key: Array) -> tuple[Array, Array]:
         with sharding.use(layout):
@@ -150,7 +153,12 @@ def make_sample(prog: Program, config: Generate, eot: int) -> Sample:
 
 
 def _sample(
-    prog: Program, config: Generate, eot: int, params: Params, batch: Rows, key: Array
+    prog: Program,
+    config: Generate,
+    stops: tuple[int, ...],
+    params: Params,
+    batch: Rows,
+    key: Array,
 ) -> tuple[Array, Array]:
     # Under a pipeline, each layer is gathered from the stages' devices when its turn comes.
     model = prog.model(stacked.plain(prog, cast_once(prog, params)))
@@ -158,7 +166,7 @@ def _sample(
     batch = Rows(*(reshard(a, P(*split[: a.ndim])) for a in batch))
     B, T = batch.tokens.shape
     M, S = config.tokens, slots(T, config.tokens)
-    cached = cache_tokens(batch.lengths, T, S)
+    cached, eot = cache_tokens(batch.lengths, T, S), stops[0]
     keys_B = jax.vmap(functools.partial(_row_key, key))(batch.streams)
 
     def more(carry: Any) -> Array:
@@ -171,7 +179,8 @@ def _sample(
         draws_B = jax.vmap(jax.random.fold_in)(keys_B, batch.lengths + m)
         ids_B = jnp.where(done_B, eot, choose(config, logits_BV, draws_B))
         new_BM = lax.dynamic_update_slice(new_BM, ids_B[:, None], (0, m))
-        done_B |= (ids_B == eot) | (m + 1 >= batch.limits)
+        ended_B = functools.reduce(jnp.logical_or, [ids_B == i for i in stops])
+        done_B |= ended_B | (m + 1 >= batch.limits)
         logits_BV, cache = advance(model, ids_B[:, None], T + m, cached, cache)
         return m + 1, logits_BV, done_B, new_BM, finite, cache
 
@@ -303,7 +312,7 @@ def _encode(coder: Tokenizer, i: int, prompt: str, context: int) -> np.ndarray:
             f"prompt {i + 1} is not UTF-8 text: {error.reason} at character "
             f"{error.start} of {prompt[:40]!r}"
         ) from error
-    ids = np.concatenate([np.array([coder.eot], np.int32), coder.encode(prompt)])
+    ids = coder.prompt(prompt)
     if len(ids) > context:
         raise ConfigError(
             f"prompt {i + 1} ({prompt[:20]!r}…) has {len(ids)} tokens with its "
@@ -319,7 +328,7 @@ def _decode(coder: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
     It is what they add to the prompt's text: on their own, a first space could be taken
     for the one that some tokenizers put in front.
     """
-    ends = np.flatnonzero(new == coder.eot)
+    ends = np.flatnonzero(np.isin(new, (coder.eot, *coder.ends)))
     new = new[: ends[0]] if len(ends) else new
     before = coder.decode(prompt)
     return coder.decode(np.concatenate([prompt, new]))[len(before) :]

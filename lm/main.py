@@ -1,4 +1,4 @@
-"""The entry point: python -m lm.main --experiment=NAME [--mode=train|eval|generate|prepare]."""
+"""The entry point: python -m lm.main --experiment=NAME [--mode=train|eval|generate|…]."""
 
 import errno
 import gc
@@ -20,7 +20,7 @@ import jax  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from etils import epath  # noqa: E402
 
-from lm import (  # noqa: E402  # noqa: E402
+from lm import (  # noqa: E402
     batches,
     checkpoint,
     config,
@@ -33,7 +33,9 @@ from lm import (  # noqa: E402  # noqa: E402
 )
 from lm import experiment as experiments  # noqa: E402
 from lm.config import ConfigError  # noqa: E402
+from lm.convert import work  # noqa: E402
 from lm.data import tokenizer  # noqa: E402
+from lm.data.chat import Chat  # noqa: E402
 from lm.experiment import Experiment  # noqa: E402
 from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
@@ -44,7 +46,7 @@ gc.enable()
 WATCH.mark("imports")
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-MODES = ("train", "eval", "generate", "prepare")
+MODES = ("train", "eval", "generate", "prepare", "import", "export")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", "", "Name of a file in experiments/.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
@@ -62,6 +64,13 @@ _PROMPT = flags.DEFINE_multi_string(
 )
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
 _CPUS = flags.DEFINE_integer("cpu_devices", None, "Emulate so many devices on the CPU.")
+_FROM = flags.DEFINE_string(
+    "from", "", "A Hugging Face directory or GGUF file, for --mode=import."
+)
+_TO = flags.DEFINE_string("to", "", "A directory to write, for --mode=export.")
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Prompts are what a user says, by the model's chat template."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0 of several; auto: ask the cluster."
 )
@@ -107,7 +116,14 @@ def _run() -> int:
         _print_config(experiment, base)
         return loop.DONE
     _configure(experiment)
-    modes = {"train": _train, "eval": _eval, "generate": _generate, "prepare": _prepare}
+    modes = {
+        "train": _train,
+        "eval": _eval,
+        "generate": _generate,
+        "prepare": _prepare,
+        "import": _import,
+        "export": _export,
+    }
     lookout = Lookout(_workdir(), experiment.train.heartbeat_seconds)
     try:
         with lookout:
@@ -140,7 +156,13 @@ def _workdir() -> str:
 def _resolve() -> tuple[Experiment, Experiment]:
     """Returns the experiment with the overrides, and as it was before them."""
     stored = epath.Path(_workdir()) / "config.json"
-    if _MODE.value in ("eval", "generate") and (_WORKDIR.value or _EXPERIMENT.value):
+    _need_folders()
+    if _MODE.value == "import":
+        base = work.experiment(_FROM.value, _workdir())
+        return config.override(base, _SET.value), base
+    alone = _MODE.value == "train" and not _EXPERIMENT.value and stored.exists()
+    reads = _MODE.value in ("eval", "generate", "export")
+    if (reads and (_WORKDIR.value or _EXPERIMENT.value)) or alone:
         if not stored.exists():
             raise ConfigError(
                 f"{stored.parent} has no config.json: nothing was trained there"
@@ -161,6 +183,20 @@ def _resolve() -> tuple[Experiment, Experiment]:
         known = ", ".join(experiments.names())
         raise ConfigError(f"--experiment=NAME is missing; there are: {known}")
     return config.override(base, _SET.value), base
+
+
+def _need_folders() -> None:
+    """Checks that flags which belong to a mode are there with it, and with no other."""
+    for mode, flag in (("import", _FROM), ("export", _TO)):
+        if (_MODE.value == mode) != bool(flag.value):
+            verb = "needs" if not flag.value else "is the mode for"
+            raise ConfigError(f"--mode={mode} {verb} --{flag.name}=DIR")
+    if _MODE.value == "import" and not _WORKDIR.value:
+        raise ConfigError(
+            "--mode=import needs --workdir=DIR, where the model will live"
+        )
+    if _CHAT.value and _MODE.value != "generate":
+        raise ConfigError("--chat is for --mode=generate")
 
 
 def _print_config(experiment: Experiment, base: Experiment) -> None:
@@ -267,11 +303,27 @@ def _generate(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     del lookout
     prompts = _PROMPT.value or list(experiment.generate.prompts) or [""]
     prog, params, coder, _ = _restored(experiment, workdir)
+    if _CHAT.value:
+        coder = Chat(coder)
     texts = generate.texts(prog, params, coder, prompts, experiment.generate, _say)
     if jax.process_index() == 0:
         for prompt, some in zip(prompts, texts, strict=True):
             for text in some:
                 print(f"{prompt}{text}")
+    return loop.DONE
+
+
+def _import(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    del lookout
+    work.bring_in(experiment, _FROM.value, workdir, _say)
+    return loop.DONE
+
+
+def _export(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    del lookout
+    prog, params, coder, _ = _restored(experiment, workdir)
+    plain = train.saved(prog, params)
+    work.send_out(experiment, plain, coder, _TO.value, workdir, prog)
     return loop.DONE
 
 

@@ -131,7 +131,7 @@ class Program:
         part = (
             path.removeprefix(f"{STACK}/").removeprefix(f"{stack_path}/").split("/")[0]
         )
-        part = "norm" if part.startswith("norm") else part
+        part = "norm" if part.startswith(("norm", "after")) else part
         share = self.chunks.share(self.experiment.model.blocks, stack_path, part)
         return share / self.places.shape[1]
 

@@ -108,6 +108,7 @@ class Rules:
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ("tensor",)
     head_dim: tuple[str, ...] = ()
+    latent: tuple[str, ...] = ()  # what heads share of their queries, keys and values
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor", "pipe")
     expert: tuple[str, ...] = ("expert",)

@@ -47,7 +47,7 @@ FLOORS = {
     "lm.evaluate": 4.0,
     "lm.resume": 4.0,
     "lm.plan": 4.0,
-    "lm.convert": 4.0,
+    "lm.convert": 4.25,
     "lm.compress": 4.0,
     "lm.log": 4.5,
     "lm.loop": 5.0,
@@ -59,6 +59,7 @@ FLOORS = {
 LAZY = {
     *("matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets"),
     *("rouge_score", "sacrebleu", "snowballstemmer", "stop_words"),  # of extras
+    *("gguf", "jinja2", "safetensors", "tokenizers"),  # the extra hf
 }
 THIRD_PARTY = LAZY | {
     "absl",

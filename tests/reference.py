@@ -17,8 +17,9 @@ from lm.models import stack
 from lm.models.transformer import Transformer
 from lm.nn.blockwise import Mask, Tokens
 from lm.nn.ffn import Mlp
-from lm.nn.layers import LayerNorm, Rope, dropout, dropout_keys
+from lm.nn.layers import LayerNorm, dropout, dropout_keys
 from lm.nn.moe import Moe, Softmax
+from lm.nn.rope import Rope
 
 
 def attention(mask, q, k, v, q_tokens, kv_tokens):

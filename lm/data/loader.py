@@ -32,6 +32,7 @@ from lm.config import ConfigError
 from lm.data import artifacts, packing, sources, store, workers
 from lm.data import tokenizer as tokenizers
 from lm.data.cleaning import Cleaning
+from lm.data.pretrained import HuggingFace
 from lm.data.store import Store
 from lm.data.tokenizer import Bytes, SentencePiece, Tokenizer
 from lm.data.words import Prepared, Words
@@ -52,7 +53,7 @@ class Data:
     length: int = 1024  # tokens of an example
     packing: Literal["windows", "documents"] = "windows"
     isolate: bool = True  # attention stays in a document; False: a row is one segment
-    tokenizer: Bytes | SentencePiece = SentencePiece()
+    tokenizer: Bytes | SentencePiece | HuggingFace = SentencePiece()
     cleaning: Cleaning = Cleaning()
     holdout: float = 0.01  # fraction of text and jsonl documents in "validation"
     tfds_dir: str = ""  # where TFDS keeps prepared data sets; "" for its default
@@ -99,7 +100,7 @@ def tokenizer(data: Data, vocab_size: int, words: Words | None = None) -> Tokeni
         ConfigError: a vocabulary that the text or the loaded model does not have.
     """
     chosen = data.tokenizer
-    if isinstance(chosen, Bytes) or chosen.path:
+    if not isinstance(chosen, SentencePiece) or chosen.path:
         coder = tokenizers.load(chosen)
         tokenizers.sizes_agree(coder, vocab_size)
         return coder

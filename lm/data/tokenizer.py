@@ -24,6 +24,7 @@ Ids: TypeAlias = Int32[np.ndarray, " n"]
 _CHARACTERS = 1 << 16  # encoded at a time: a whole book is up to 5 times slower
 _SENTENCE = 4096  # characters of a training sentence, with "\n" inside, to be learned
 _THREADS = 16  # of the trainer; sums go by thread, so the number must not vary
+BEGIN = "tokenizer.begin"  # a file that says how SentencePiece begins a text
 _SPACE = "\u2581"  # how SentencePiece spells a space; itself it is spelt by bytes
 
 
@@ -43,6 +44,7 @@ class SentencePiece:
 
     model_type: Literal["unigram", "bpe"] = "unigram"
     path: str = ""  # a .model file to load; "" trains one with model.vocab_size pieces
+    begin: Literal["eos", "bos"] = "eos"  # the piece of a loaded model before a text
     byte_fallback: bool = True  # spell unknown characters by their UTF-8 bytes
     character_coverage: float = 0.9995  # fraction of characters that are pieces
     sample_bytes: int = 10_000_000  # of text to train on, at most (unigram: 2-3 s/MB)
@@ -58,14 +60,16 @@ class SentencePiece:
             )
 
 
-class _Pieces:
-    """What both tokenizers share: the bytes of every token."""
+class Pieces:
+    """What all tokenizers share: the bytes of every token."""
 
     size: int  # the true vocabulary, before padding
-    eot: int
+    eot: int  # begins every document
+    ends: tuple[int, ...] = ()  # tokens besides it that end a text a model writes
+    spare = False  # a model may have more tokens than these
 
     def __init__(self, pieces: list[bytes]) -> None:
-        self._bytes = pieces
+        self.pieces = pieces  # the bytes of every token
         self.token_bytes: Int32[np.ndarray, " vocab"] = np.array(
             [len(p) for p in pieces], np.int32
         )
@@ -76,10 +80,14 @@ class _Pieces:
         Raises:
             IndexError: an id outside the vocabulary.
         """
-        return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
+        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
 
     def encode(self, text: str) -> Ids:
         raise NotImplementedError
+
+    def prompt(self, text: str) -> Ids:
+        """Returns the ids of a text to be continued: a document that has begun."""
+        return np.concatenate([np.array([self.eot], np.int32), self.encode(text)])
 
     def files(self) -> dict[str, bytes]:
         raise NotImplementedError
@@ -96,7 +104,7 @@ class _Pieces:
         return hasher.hexdigest()
 
 
-class ByteTokenizer(_Pieces):
+class ByteTokenizer(Pieces):
     size = 257
     eot = 256
 
@@ -110,14 +118,16 @@ class ByteTokenizer(_Pieces):
         return {"tokenizer.bytes": b"1"}
 
 
-class SentencePieceTokenizer(_Pieces):
+class SentencePieceTokenizer(Pieces):
     """A tokenizer made of the bytes of a SentencePiece `.model` file.
 
     A model trained elsewhere may normalize text or lack byte fallback; then decoding
     gives back the normalized text, and characters that it does not know are lost.
     """
 
-    def __init__(self, model: bytes, source: str = "tokenizer.model") -> None:
+    def __init__(
+        self, model: bytes, source: str = "tokenizer.model", begin: str = "eos"
+    ) -> None:
         import sentencepiece  # slow to import, and not needed for bytes
 
         self.model = model
@@ -131,7 +141,11 @@ class SentencePieceTokenizer(_Pieces):
             ) from error
         p = self._processor
         self.size = p.get_piece_size()
-        self.eot = p.eos_id() if p.eos_id() >= 0 else p.bos_id()
+        marks = [p.eos_id(), p.bos_id()]
+        marks = [i for i in (marks if begin == "eos" else marks[::-1]) if i >= 0]
+        self.eot = marks[0] if marks else -1
+        self.ends = tuple(i for i in (p.eos_id(),) if i >= 0)
+        self._begin = begin
         if self.eot < 0:
             raise ConfigError(
                 f"{source} has no end or begin of sentence piece to separate documents"
@@ -149,7 +163,7 @@ class SentencePieceTokenizer(_Pieces):
         return piece.replace(_SPACE, " ").encode()
 
     def _bytes_of(self, text: str) -> bytes:
-        return b"".join([self._bytes[i] for i in self._processor.encode(text)])
+        return b"".join([self.pieces[i] for i in self._processor.encode(text)])
 
     def encode(self, text: str) -> Ids:
         if len(text) <= _CHARACTERS and _SPACE not in text:
@@ -169,25 +183,36 @@ class SentencePieceTokenizer(_Pieces):
         return text[1:] if self._prefixed and text.startswith(" ") else text
 
     def files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self.model}
+        begin = {} if self._begin == "eos" else {BEGIN: self._begin.encode()}
+        return {"tokenizer.model": self.model, **begin}
 
 
-Tokenizer: TypeAlias = ByteTokenizer | SentencePieceTokenizer
+Tokenizer: TypeAlias = Pieces  # one of those here, or of lm/data/pretrained.py
 
 
 def from_files(files: dict[str, bytes]) -> Tokenizer:
     """Returns the tokenizer whose `files()` these are."""
+    if "tokenizer.json" in files:
+        from lm.data.pretrained import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(files)
     if "tokenizer.model" in files:
-        return SentencePieceTokenizer(files["tokenizer.model"])
+        begin = files.get(BEGIN, b"eos").decode()
+        return SentencePieceTokenizer(files["tokenizer.model"], begin=begin)
     if "tokenizer.bytes" in files:
         return ByteTokenizer()
     raise ConfigError(f"no tokenizer among the files {sorted(files)}")
 
 
-def load(config: Bytes | SentencePiece) -> Tokenizer:
-    """Returns the tokenizer that needs no training: bytes, or a `.model` file."""
+def load(config: Any) -> Tokenizer:
+    """Returns the tokenizer that needs no training: bytes, or one with files."""
     if isinstance(config, Bytes):
         return ByteTokenizer()
+    if not isinstance(config, SentencePiece):
+        from lm.data import pretrained
+
+        files = pretrained.read(config.path)
+        return pretrained.HuggingFaceTokenizer(files, config.path)
     path = epath.Path(config.path).expanduser()
     try:
         model = path.read_bytes()
@@ -196,7 +221,7 @@ def load(config: Bytes | SentencePiece) -> Tokenizer:
         raise ConfigError(
             f"tokenizer.path={config.path} can't be read ({why})"
         ) from error
-    return SentencePieceTokenizer(model, config.path)
+    return SentencePieceTokenizer(model, config.path, config.begin)
 
 
 def train(
@@ -267,6 +292,8 @@ def _explain(message: str, vocab_size: int) -> str:
 
 def sizes_agree(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuses a model whose vocabulary is not the tokenizer's."""
+    if tokenizer.spare and tokenizer.size <= vocab_size:
+        return
     if tokenizer.size != vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size} but the tokenizer has {tokenizer.size} "

@@ -23,7 +23,8 @@ from jaxtyping import Array
 from lm.models import stack
 from lm.nn.layers import Side
 
-PARTS = ("norm1", "mixer", "norm2", "ffn")  # of a block; all that has parameters
+# Of a block; all that has parameters. Blocks of a model all have the same ones.
+PARTS = ("norm1", "mixer", "after1", "norm2", "ffn", "after2")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,6 +154,8 @@ def _either(blocks: list[Any], mine: list[Array]) -> Any:
         return blocks[0]
     block = jax.tree.map(lambda a: a, blocks[0])  # a copy
     for name in PARTS:
+        if getattr(block, name) is None:
+            continue
         setattr(block, name, _part([getattr(b, name) for b in blocks], mine))
     return block
 

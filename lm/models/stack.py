@@ -6,6 +6,7 @@ and counts; `cache` is what decoding keeps for the layer, or None.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,16 +22,22 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
-from lm.nn.layers import Norm, Side, dropout, make_norm
+from lm.nn.latent import Latent
+from lm.nn.layers import Norm, RmsNorm, Side, dropout, make_norm
 from lm.nn.moe import Moe
 from lm.nn.param import residual_std
 
+Norms = Literal["before", "after", "both"]
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 SITES = 4  # places with dropout of their own: two in a block, the embedding, one spare
 
 
 class Block(nnx.Module):
-    """Pre-norm Transformer block (Xiong et al. 2020): mix the tokens, then feed each forward."""
+    """Transformer block: mix the tokens, then feed each forward.
+
+    Norms stand before both (pre-norm, Xiong et al. 2020), after both, in front of the sum with the
+    residual stream (OLMo 2, §3.2), or in both places (Gemma 2).
+    """
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -40,35 +47,55 @@ class Block(nnx.Module):
         layers: (
             int  # of the whole stack: sets the scale of the projections into the stream
         )
-        mixer: Attention.Config
+        mixer: Attention.Config | Latent.Config
         ffn: Mlp.Config | Moe.Config
         norm: Norm
+        norms: Norms = "before"
+        rope: int = 0  # which of the model's rotary positions
         dropout: float
         init_std: float
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         std, out_std = config.init_std, residual_std(config.layers, config.init_std)
         self.rate = config.dropout
-        self.norm1 = make_norm(config.norm, config.dim, "norm", rngs)
-        self.mixer = Attention(
-            config.mixer, config.dim, config.heads, config.kv_heads, std, out_std, rngs
-        )
-        self.norm2 = make_norm(config.norm, config.dim, "norm", rngs)
+        before, after = config.norms != "after", config.norms != "before"
+        norm = functools.partial(make_norm, config.norm, config.dim, "norm", rngs)
+        self.norm1 = norm() if before else None
+        self.mixer = _mixer(config, std, out_std, rngs)
+        self.after1 = norm() if after else None
+        self.norm2 = norm() if before else None
         kind: Any = Moe if isinstance(config.ffn, Moe.Config) else Mlp
         self.ffn = kind(config.ffn, config.dim, std, out_std, rngs)
+        self.after2 = norm() if after else None
         self.layers = config.layers
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], side: Side, layer: Any, cache: Any = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
         site = layer["index"] * SITES
-        y_BTD, cache = self.mixer(enter(self.norm1(x_BTD)), side, cache)
+        y_BTD, cache = self.mixer(enter(_by(self.norm1, x_BTD)), side, cache)
+        y_BTD = _by(self.after1, y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site)
-        y_BTD, aux = self.ffn(enter(self.norm2(x_BTD)), side)
+        y_BTD, aux = self.ffn(enter(_by(self.norm2, x_BTD)), side)
+        y_BTD = _by(self.after2, y_BTD)
         if "moe_load_E" in aux:  # a line of each layer's own, so that a sum keeps them
             mine_L = jnp.arange(self.layers) == layer["index"]
             aux["moe_load_LE"] = mine_L[:, None] * aux.pop("moe_load_E")[None]
         return x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 1), aux, cache
+
+
+def _mixer(config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs) -> Any:
+    c, dim, heads = config.mixer, config.dim, config.heads
+    if isinstance(c, Latent.Config):
+        return Latent(c, dim, heads, std, out_std, rngs, config.rope)
+    rms = isinstance(config.norm, RmsNorm.Config)
+    of_heads: Any = config.norm if rms else RmsNorm.Config()
+    kv_heads, rope = config.kv_heads, config.rope
+    return Attention(c, dim, heads, kv_heads, std, out_std, of_heads, rngs, rope)
+
+
+def _by(norm: Any, x_BTD: Array) -> Array:
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 def enter(x_BTD: Array) -> Array:

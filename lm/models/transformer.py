@@ -15,23 +15,41 @@ from jaxtyping import Array, Float, Int
 from lm import sharding
 from lm.config import ConfigError
 from lm.models import chunk, stack
+from lm.nn import latent
 from lm.nn.attention import Attention, init_cache
 from lm.nn.blockwise import NEG, Tokens, cap
 from lm.nn.ffn import Mlp
+from lm.nn.latent import Latent
 from lm.nn.layers import (
     Learned,
     Norm,
     RmsNorm,
-    Rope,
     Side,
     dropout,
     make_norm,
-    rope_tables,
 )
 from lm.nn.moe import Moe
 from lm.nn.param import param, rows, weight
+from lm.nn.rope import Rope, rope_tables
 
 DEEPEST = 100_000  # layers; more is a slip of the hand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local:
+    """Layers whose attention sees a window, among others that see all."""
+
+    window: int = 1024  # tokens a query sees back, itself included
+    pattern: tuple[bool, ...] = (True, False)  # which layers; repeated
+    positions: Rope | None = None  # of these layers; None: those of the others
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ConfigError(f"model.local.window={self.window}: expected 1 or more")
+        if not any(self.pattern):
+            raise ConfigError(
+                f"model.local.pattern={self.pattern} has no local layer; set model.local=none"
+            )
 
 
 class Transformer(nnx.Module):
@@ -45,11 +63,14 @@ class Transformer(nnx.Module):
         kv_heads: int = 6  # key and value heads; heads is a multiple of them
         vocab_size: int = 257  # tokens of the tokenizer
         vocab_multiple: int = 256  # the embedding has this many rows, or a multiple
-        attention: Attention.Config = Attention.Config()
+        attention: Attention.Config | Latent.Config = Attention.Config()
         ffn: Mlp.Config | Moe.Config = Mlp.Config()
         norm: Norm = RmsNorm.Config()
+        norms: stack.Norms = "before"  # of attention and feed-forward, after, or both
         positions: Rope | Learned = Rope()
+        local: Local | None = None  # layers that see a window only
         tied: bool = True  # the head is the embedding
+        embed_scale: float = 1.0  # of the embedding, where it enters the first layer
         head_softcap: float | None = None  # logits become cap * tanh(logit / cap)
         dropout: float = (
             0.0  # of the embedding and of what each layer adds to the stream
@@ -88,10 +109,21 @@ class Transformer(nnx.Module):
                     f"model.dim={self.dim} is not divisible by model.heads={self.heads}; set "
                     "model.attention.head_dim, or another dim"
                 )
-            if isinstance(self.positions, Rope) and self.head_dim % 2:
+            if isinstance(self.attention, Latent.Config):
+                self._check_latent()
+            if isinstance(self.positions, Rope) and self.rope_dim % 2:
                 raise ConfigError(
                     f"rotary positions need an even head_dim, got {self.head_dim}; set "
                     "model.attention.head_dim or model.positions=Learned"
+                )
+            if (
+                self.local
+                and self.local.positions
+                and not isinstance(self.positions, Rope)
+            ):
+                raise ConfigError(
+                    "model.local.positions: rotary positions of some layers beside learned ones; "
+                    "set model.positions=Rope or model.local.positions=none"
                 )
             if not 0 <= self.dropout < 1:
                 raise ConfigError(
@@ -101,6 +133,18 @@ class Transformer(nnx.Module):
             if self.dtype not in ("auto", "float32", "bfloat16"):
                 raise ConfigError(
                     f"model.dtype={self.dtype}: expected auto, float32 or bfloat16"
+                )
+
+        def _check_latent(self) -> None:
+            if self.kv_heads != self.heads:
+                raise ConfigError(
+                    f"model.kv_heads={self.kv_heads} with model.attention=Latent, whose heads all "
+                    f"have keys of their own; set model.kv_heads={self.heads}"
+                )
+            if self.local is not None or not isinstance(self.positions, Rope):
+                raise ConfigError(
+                    "model.attention=Latent has neither windows nor learned positions; set "
+                    "model.local=none and model.positions=Rope"
                 )
 
         def _check_experts(self) -> None:
@@ -133,14 +177,28 @@ class Transformer(nnx.Module):
                 mixer=self.attention,
                 ffn=self.ffn,
                 norm=self.norm,
+                norms=self.norms,
                 dropout=self.dropout,
                 init_std=self.init_std,
             )
-            if not isinstance(self.ffn, Moe.Config):
-                return (usual,) * self.layers
-            dense = dataclasses.replace(usual, ffn=self.ffn.dense)
-            sparse = self.sparse
-            return tuple(usual if i in sparse else dense for i in range(self.layers))
+            return tuple(self._block(usual, i) for i in range(self.layers))
+
+        def _block(self, block: stack.Block.Config, i: int) -> stack.Block.Config:
+            """Returns the config of layer i: `block`, or what differs from it."""
+            if isinstance(self.ffn, Moe.Config) and i not in self.sparse:
+                block = dataclasses.replace(block, ffn=self.ffn.dense)
+            if not self.is_local(i):
+                return block
+            assert self.local is not None
+            mixer = dataclasses.replace(self.attention, window=self.local.window)
+            rope = 1 if self.local.positions else 0
+            return dataclasses.replace(block, mixer=mixer, rope=rope)
+
+        def is_local(self, layer: int) -> bool:
+            """Returns whether the layer is one of `local`."""
+            if self.local is None:
+                return False
+            return self.local.pattern[layer % len(self.local.pattern)]
 
         @property
         def head_dim(self) -> int:
@@ -151,6 +209,12 @@ class Transformer(nnx.Module):
             """Returns the dtype of compute on a platform."""
             auto = "float32" if platform == "cpu" else "bfloat16"
             return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
+
+        @property
+        def rope_dim(self) -> int:
+            """Entries of a head that are rotated."""
+            c = self.attention
+            return c.rope_dim if isinstance(c, Latent.Config) else self.head_dim
 
         @property
         def vocab_rows(self) -> int:
@@ -228,11 +292,12 @@ class Transformer(nnx.Module):
         cached: Tokens | None = None,
     ) -> Side:
         """Returns what every block gets besides the residual stream; arguments as of a call."""
-        rope = None
-        if isinstance(self.config.positions, Rope):
-            rope = rope_tables(
-                self.config.positions, self.config.head_dim, tokens.positions
-            )
+        rope, c = None, self.config
+        if isinstance(c.positions, Rope):
+            ropes = [c.positions]
+            if c.local is not None and c.local.positions is not None:
+                ropes.append(c.local.positions)
+            rope = tuple(rope_tables(r, c.rope_dim, tokens.positions) for r in ropes)
         return Side(tokens, rope, keys_BT, slot, cached, packed)
 
     def stage(
@@ -251,6 +316,8 @@ class Transformer(nnx.Module):
         x_BTD = rows(
             self.embed_vd, self.dtype, tokens_BT, out, self.config.tied
         )  # reduce over the vocabulary's shards
+        if self.config.embed_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(self.config.embed_scale, x_BTD.dtype)
         if isinstance(self.config.positions, Learned):
             table_pd = weight(self.position_pd, self.dtype)
             x_BTD = x_BTD + table_pd.at[positions_BT].get(out_sharding=out)
@@ -272,7 +339,10 @@ class Transformer(nnx.Module):
         return jnp.where(real[None, None], logits, NEG)
 
     def empty_cache(self, batch: int, length: int) -> Any:
-        """Returns the cache of `length` slots for `batch` rows: (k, v), each [L, B, S, K, H]."""
+        """Returns the cache of `length` slots for `batch` rows, every array [L, B, S, …]."""
         c = self.config
-        one = init_cache(c.kv_heads, c.head_dim, batch, length, self.dtype)
+        if isinstance(c.attention, Latent.Config):
+            one = latent.init_cache(c.attention, batch, length, self.dtype)
+        else:
+            one = init_cache(c.kv_heads, c.head_dim, batch, length, self.dtype)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (c.layers, *a.shape)), one)

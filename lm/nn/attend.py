@@ -4,7 +4,7 @@
 |----------------|---------------------------|------------------|--------|----------|-------------|
 | einsum         | anywhere, short sequences | yes              | yes    | yes      | yes         |
 | blockwise      | anywhere                  | yes              | yes    | yes      | yes         |
-| cudnn          | NVIDIA Ampere and newer   | no               | causal | no       | yes         |
+| cudnn          | NVIDIA Ampere and newer   | no               | causal | no       | no gradient |
 | splash         | TPU                       | yes              | causal | yes      | no          |
 
 Where devices split the row, it is blockwise, by one of the ways of lm/nn/ring.py.
@@ -48,6 +48,7 @@ class Case:
     )
     mask: Mask
     shards: int = 1  # devices that split the row
+    lse: bool = False  # the log-sum-exp is used, and its gradient
 
     def obstacle(self, implementation: str) -> str | None:
         """Returns why the implementation can't do this, or None."""
@@ -86,6 +87,8 @@ class Case:
                 return "it needs queries and keys to be the same tokens (no cache)"
             if self.mask.window is not None and not self.mask.causal:
                 return "its window is causal only"
+            if self.lse:
+                return "its log-sum-exp, which attention sinks need, has no gradient"
         return None
 
     def block(self) -> int:
@@ -152,8 +155,11 @@ def attend(
     implementation: Implementation = "auto",
     packed: bool = True,
     context: Context = "auto",
+    lse: bool = False,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"] | None]:
     """Returns the attention output, and each query's log-sum-exp (fp32) where it is known.
+
+    With `lse` it is known, and has its gradient.
 
     Each device works on its own rows and heads, in a manual region. `packed=False` promises that
     every row is one segment at positions 0, 1, 2, …; devices that split rows, and have moved
@@ -169,6 +175,7 @@ def attend(
         packed=packed,
         mask=mask,
         shards=layout.size("length"),
+        lse=lse,
     )
     chosen = case.choose(implementation)
     if case.shards > 1:
@@ -180,7 +187,7 @@ def attend(
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
     kv_spec = sharding.spec("batch", "length", "kv_heads", None)
     tokens = sharding.spec("batch", "length")
-    lse = (
+    lse_spec = (
         ()
         if chosen == "splash"
         else (sharding.spec("batch", "kv_heads", None, "length"),)
@@ -192,9 +199,9 @@ def attend(
         kv_tokens.positions,
         kv_tokens.segments,
     )
-    call = manual.manual(body, ins, (q_spec, *lse), "attention")
+    call = manual.manual(body, ins, (q_spec, *lse_spec), "attention")
     out = call(q_BTKGH, k_BSKH, v_BSKH, *ids)
-    return out[0], out[1] if lse else None
+    return out[0], out[1] if lse_spec else None
 
 
 def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg):

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -32,6 +33,10 @@ class Attention(nnx.Module):
         bias: bool = False  # learned shifts of queries, keys and values
         out_bias: bool = False  # a learned shift of the output
         qk_norm: bool = False  # RMS norm of each head's queries and keys
+        scale: float | None = None  # of the scores; None: head_dim ** -0.5
+        sinks: bool = (
+            False  # a learned score of each head that takes weight from the keys
+        )
         softcap: float | None = None  # scores become cap * tanh(score / cap)
         window: int | None = (
             None  # tokens a query sees back, itself included; None: all
@@ -48,14 +53,17 @@ class Attention(nnx.Module):
                 raise ConfigError(
                     f"model.attention.window={self.window}: expected 1 or more"
                 )
-            if self.softcap is not None and self.softcap <= 0:
-                raise ConfigError(
-                    f"model.attention.softcap={self.softcap}: expected above 0"
-                )
+            for name in ("softcap", "scale"):
+                value = getattr(self, name)
+                if value is not None and value <= 0:
+                    raise ConfigError(
+                        f"model.attention.{name}={value}: expected above 0"
+                    )
 
     def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,
-                 out_std: float, rngs: nnx.Rngs):  # fmt: skip
-        self.config = config
+                 out_std: float, norm: RmsNorm.Config, rngs: nnx.Rngs,
+                 rope: int = 0):  # fmt: skip
+        self.config, self.rope = config, rope
         self.heads, self.kv_heads = heads, kv_heads
         H = config.head_dim or dim // heads
         self.head_dim = H
@@ -80,8 +88,10 @@ class Attention(nnx.Module):
         if config.out_bias:
             self.out_bias_d = param(rngs, (dim,), ("norm",), 0.0)
         if config.qk_norm:
-            self.query_norm = RmsNorm(RmsNorm.Config(), H, "norm", rngs)
-            self.key_norm = RmsNorm(RmsNorm.Config(), H, "norm", rngs)
+            self.query_norm = RmsNorm(norm, H, "norm", rngs)
+            self.key_norm = RmsNorm(norm, H, "norm", rngs)
+        if config.sinks:
+            self.sink_n = param(rngs, (heads,), ("heads",), 0.0)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], side: Side, cache: Any = None
@@ -91,7 +101,8 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if side.rope is not None:
-            q, k = rotate(q, side.rope), rotate(k, side.rope)
+            tables = side.rope[self.rope]
+            q, k = rotate(q, tables), rotate(k, tables)
         kv_tokens = side.tokens
         if cache is not None:
             start = (0, side.slot, 0, 0)
@@ -102,17 +113,27 @@ class Attention(nnx.Module):
             assert side.cached is not None, "a cache comes with the tokens in it"
             cache, kv_tokens = (k, v), side.cached
         mask = Mask(
-            scale=self.head_dim**-0.5,
+            scale=self.config.scale or self.head_dim**-0.5,
             window=self.config.window,
             softcap=self.config.softcap,
             ordered=cache is None,
         )
-        y_BTKGH, _ = attend.attend(
+        y_BTKGH, lse_BKGT = attend.attend(
             q, k.astype(q.dtype), v.astype(q.dtype), side.tokens, kv_tokens, mask,
             self.config.implementation if cache is None else "auto",
-            side.packed or cache is not None, self.config.context,
+            side.packed or cache is not None, self.config.context, self.config.sinks,
         )  # fmt: skip
+        if self.config.sinks:
+            y_BTKGH = self._less_sinks(y_BTKGH, lse_BKGT)
         return self._output(y_BTKGH), cache
+
+    def _less_sinks(self, y_BTKGH: Array, lse_BKGT: Any) -> Array:
+        """Returns what attention gives when each head's sink is one more score, of no value."""
+        over = sharding.spec("kv_heads", None)
+        sink_KG = self.sink_n[...].reshape(*self._groups(), out_sharding=over)
+        kept_BKGT = jax.nn.sigmoid(lse_BKGT - sink_KG[None, :, :, None])
+        kept_BTKG = jnp.moveaxis(kept_BKGT, 3, 1)
+        return (y_BTKGH * kept_BTKG[..., None]).astype(y_BTKGH.dtype)
 
     def _groups(self) -> tuple[int, int]:
         """Returns (kv heads in use, query heads for each): kv heads repeat to fill the devices."""

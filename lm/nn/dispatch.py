@@ -158,13 +158,31 @@ def receive(
     return run(y_ERD, where.index_BN, where.slot_BTK, gate_BTK)[0]
 
 
-def choose(score_BTE: Float[Array, "B T E"], choices: int) -> Int[Array, "B T K"]:
+class Groups(NamedTuple):
+    """Experts in groups, of which a token may only use some."""
+
+    count: int
+    keep: int  # groups that a token may use
+    best: int  # a group is as good as the sum of so many of its best experts
+
+
+def choose(
+    score_BTE: Float[Array, "B T E"], choices: int, groups: Groups | None = None
+) -> Int[Array, "B T K"]:
     """Returns the experts with the highest scores; of equal ones, the first.
 
     In a region, as XLA gathers the rows of a sharded top-k otherwise.
     """
 
     def body(score):
+        if groups is not None:
+            parts = score.reshape(*score.shape[:-1], groups.count, -1)
+            of_group = lax.top_k(parts, groups.best)[0].sum(-1)
+            kept = lax.top_k(of_group, groups.keep)[1]
+            each = lax.broadcasted_iota(kept.dtype, (1, 1, 1, groups.count), 3)
+            there = (kept[..., None] == each).any(-2)
+            parts = jnp.where(there[..., None], parts, -jnp.inf)
+            score = parts.reshape(score.shape)
         return lax.top_k(score, choices)[1]
 
     return manual.region(body, (_x(),), _x())(score_BTE)

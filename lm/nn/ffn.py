@@ -11,6 +11,20 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn.param import einsum, gather, param, stored, weight
 
+Activation = Literal["swiglu", "geglu", "gelu", "clamped"]
+STEEP = 1.702  # of the sigmoid in a clamped SwiGLU
+
+
+def gated(kind: Activation, limit: float, gate: Array, up: Array) -> Array:
+    """Returns what a gated layer's two products become together.
+
+    clamped: SwiGLU with a steeper sigmoid, `up` raised by 1, no number beyond the limit (gpt-oss).
+    """
+    if kind == "clamped":
+        gate = jnp.minimum(gate, limit)
+        return gate * jax.nn.sigmoid(STEEP * gate) * (jnp.clip(up, -limit, limit) + 1)
+    return (jax.nn.silu if kind == "swiglu" else jax.nn.gelu)(gate) * up
+
 
 class Mlp(nnx.Module):
     """Two layers (GELU), or a gated first one: SwiGLU, GeGLU (Shazeer 2020)."""
@@ -20,9 +34,8 @@ class Mlp(nnx.Module):
         hidden: int | None = (
             None  # F; None: 4 D, or when gated 8/3 D up to a multiple of 128
         )
-        activation: Literal["swiglu", "geglu", "gelu"] = (
-            "swiglu"  # GELU by its tanh formula
-        )
+        activation: Activation = "swiglu"  # GELU by its tanh formula
+        limit: float = 7.0  # of a clamped SwiGLU
         bias: bool = False  # learned shifts after both products
 
         def width(self, dim: int) -> int:
@@ -80,5 +93,4 @@ class Mlp(nnx.Module):
                     None, None
                 ]
             )
-        act = jax.nn.silu if self.config.activation == "swiglu" else jax.nn.gelu
-        return act(h[:, :, 0]) * h[:, :, 1]
+        return gated(self.config.activation, self.config.limit, h[:, :, 0], h[:, :, 1])

@@ -21,13 +21,24 @@ class RmsNorm(nnx.Module):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
         eps: float = 1e-6  # added to the mean square
+        offset: float = (
+            0.0  # added to the learned scale (Gemma: 1, its scales are around 0)
+        )
+
+        def __post_init__(self) -> None:
+            if self.offset not in (0.0, 1.0):
+                raise ConfigError(f"model.norm.offset={self.offset}: expected 0 or 1")
 
     def __init__(self, config: Config, dim: int, axis: str, rngs: nnx.Rngs):
-        self.eps = config.eps
-        self.scale_d = param(rngs, (dim,), (axis,))
+        self.eps, self.offset = config.eps, config.offset
+        std = 0.0 if config.offset else None
+        self.scale_d = param(rngs, (dim,), (axis,), std)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return normalize(False, self.eps, x, self.scale_d[...])
+        scale_d = self.scale_d[...]
+        return normalize(
+            False, self.eps, x, scale_d + self.offset if self.offset else scale_d
+        )
 
 
 class LayerNorm(nnx.Module):
@@ -100,28 +111,10 @@ def _like(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary positions (Su et al. 2021), halves rotated against each other (GPT-NeoX order)."""
-
-    base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi base positions
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
     """A learned vector for each position, added to the embedding."""
 
     length: int = 1024  # positions there are vectors for, tokens
-
-
-def rope_tables(
-    rope: Rope, head_dim: int, positions_BT: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Returns (cos, sin) of the angle of each position in each of H2 = head_dim / 2 planes."""
-    if head_dim % 2:
-        raise ConfigError(f"rotary positions need an even head_dim, got {head_dim}")
-    frequency = rope.base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
@@ -139,7 +132,7 @@ class Side:
     """What every block of a stack gets besides the residual stream; travels with its rows."""
 
     tokens: Tokens  # positions and segments of the rows
-    rope: Any = None  # (cos, sin) of `rope_tables`
+    rope: Any = None  # (cos, sin) of `rope_tables`, for each kind of position
     keys_BT: Any = None  # from `dropout_keys`; None turns dropout off
     slot: Any = None  # int32[]: where in the cache these tokens go
     cached: Tokens | None = (

@@ -103,7 +103,13 @@ def receive(
     return manual.manual(body, ins, (_spec(3),), "dispatch")(y, *where, gate_BTK)[0]
 
 
-def experts(x: Array, where: Plan, weights: Sequence[Array], act: Any) -> Array:
+def experts(
+    x: Array,
+    where: Plan,
+    weights: Sequence[Array],
+    act: Any,
+    biases: Sequence[Array] = (),
+) -> Array:
     """Returns the experts' layer on rows sorted by expert.
 
     A weight enters the region as a copy for each device that holds it, so that the transpose of
@@ -113,26 +119,33 @@ def experts(x: Array, where: Plan, weights: Sequence[Array], act: Any) -> Array:
         x: rows, from `send`.
         where: from `plan`.
         weights: gate (if gated) and up [E, D, F], down [E, F, D], gathered for use.
-        act: what the hidden layer's first product goes through.
+        act: what the hidden layer's first products go through.
+        biases: [E, F], added to the first products; none, or one for each.
     """
     layout = sharding.current()
     over, wide = layout.axes("expert"), layout.size("mlp")
     copies = layout.size("dispatched")
 
-    def body(x, count, *weights):
+    def body(x, count, *given):
         sizes = _mine(count[0, 0], over).sum(0)
-        *first, down = (w[0] for w in weights)
+        given = [w[0] for w in given]
+        *first, down = given[: len(weights)]
         h = [grouped(x[0, 0, 0], w, sizes) for w in first]
-        hidden = act(h[0]) * h[1] if len(h) == 2 else act(h[0])
+        for i, b in enumerate(
+            given[len(weights) :]
+        ):  # rows beyond the groups come to 0 below
+            h[i] = h[i] + jnp.repeat(b, sizes, axis=0, total_repeat_length=len(h[i]))
+        hidden = act(*h)
         return (grouped(hidden, down, sizes)[None, None, None],)
 
     rows = sharding.spec("mlp", "batch", "length", None, None)
     up = sharding.spec("dispatched", "expert", None, "mlp")
     down = sharding.spec("dispatched", "expert", "mlp", None)
-    specs = [up] * (len(weights) - 1) + [down]
+    shift = sharding.spec("dispatched", "expert", "mlp")
+    specs = [up] * (len(weights) - 1) + [down] + [shift] * len(biases)
     every = [
         jnp.broadcast_to(w[None], (copies, *w.shape), out_sharding=s)
-        for w, s in zip(weights, specs, strict=True)
+        for w, s in zip([*weights, *biases], specs, strict=True)
     ]
     x = jnp.broadcast_to(x[None], (wide, *x.shape), out_sharding=rows)
     run = manual.manual(body, (rows, _spec(4), *specs), (rows,), "experts")

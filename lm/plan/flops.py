@@ -2,6 +2,7 @@
 
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
+from lm.nn.latent import Latent
 from lm.nn.moe import Moe
 
 
@@ -14,15 +15,44 @@ def forward(config: Transformer.Config, length: int, *, causal: bool) -> float:
     B); True only the keys a token may see.
     """
     c = config
-    projections = c.dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    weights = c.layers * projections + _feed_forward(c) + c.vocab_rows * c.dim
-    keys = float(length)
-    if causal:
-        window = min(c.attention.window or length, length)
-        keys = window - window * (window - 1) / (
-            2 * length
-        )  # the mean over the positions
-    return 2.0 * weights + 4.0 * c.layers * c.heads * c.head_dim * keys
+    weights = c.layers * _projections(c) + _feed_forward(c) + c.vocab_rows * c.dim
+    return 2.0 * weights + 2.0 * c.heads * _head(c) * _keys(c, length, causal=causal)
+
+
+def _projections(c: Transformer.Config) -> int:
+    """Returns the weights of one layer's attention that a token meets."""
+    a, N = c.attention, c.heads
+    if not isinstance(a, Latent.Config):
+        return c.dim * c.head_dim * (2 * N + 2 * c.kv_heads)
+    queries = c.dim * N * a.head_dim
+    if a.query_rank is not None:
+        queries = a.query_rank * (c.dim + N * a.head_dim)
+    latents = c.dim * (a.rank + a.rope_dim)
+    return (
+        queries
+        + latents
+        + N * (a.rank * (a.plain_dim + a.value_dim) + a.value_dim * c.dim)
+    )
+
+
+def _head(c: Transformer.Config) -> int:
+    """Returns the entries of a head's query and value: what each key costs."""
+    a = c.attention
+    return c.head_dim + (a.value_dim if isinstance(a, Latent.Config) else c.head_dim)
+
+
+def _keys(c: Transformer.Config, length: int, *, causal: bool) -> float:
+    """Returns the keys of all layers that one query is compared with."""
+    if not causal:
+        return float(c.layers * length)
+    total = 0.0
+    for i in range(c.layers):
+        window = getattr(c.attention, "window", None)
+        window = c.local.window if c.local and c.is_local(i) else window
+        window = min(window or length, length)
+        # The mean over the positions.
+        total += window - window * (window - 1) / (2 * length)
+    return total
 
 
 def _feed_forward(c: Transformer.Config) -> int:

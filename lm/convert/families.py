@@ -1,0 +1,83 @@
+"""Every family there is, found by `model_type`, or by what a model's config can be written as."""
+
+from typing import Any
+
+from lm.config import ConfigError, diff, nearest
+from lm.convert import deepseek, gemma, gpt2, gpt_oss, llama, mixtral, qwen, qwen_moe
+from lm.convert.family import Family, essence
+from lm.convert.fields import Fields
+from lm.models.transformer import Transformer
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        llama.LLAMA,
+        llama.MISTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        gpt2.GPT2,
+        gemma.GEMMA,
+        mixtral.MIXTRAL,
+        qwen_moe.QWEN2_MOE,
+        qwen_moe.QWEN3_MOE,
+        gpt_oss.GPT_OSS,
+        deepseek.V2,
+        deepseek.V3,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+    )
+}
+
+
+def read(
+    data: dict[str, Any], where: str = "config.json"
+) -> tuple[Family, Transformer.Config]:
+    """Returns the family and the model that a config.json describes.
+
+    Raises:
+        ConfigError: a family or a value that is not supported, by name.
+    """
+    kind = data.get("model_type")
+    if kind not in FAMILIES:
+        hint = nearest(str(kind), FAMILIES)
+        raise ConfigError(
+            f"{where}: model_type={kind!r} is not supported{hint} (lm knows {', '.join(FAMILIES)})"
+        )
+    family = FAMILIES[kind]
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method")
+        raise ConfigError(
+            f"{where}: quantization_config ({method}) is not supported; lm reads float32, "
+            "bfloat16 and float16 weights, and GGUF files"
+        )
+    fields = Fields(data, where)
+    fields.skip("quantization_config")
+    model = family.read(fields)
+    fields.done()
+    return family, model
+
+
+def write(model: Transformer.Config) -> tuple[Family, dict[str, Any]]:
+    """Returns the first family that can express a model, and the config.json that says it.
+
+    Raises:
+        ConfigError: there is none; the one that misses least is named.
+    """
+    wanted, misses = essence(model), []
+    for family in FAMILIES.values():
+        try:
+            data = {"model_type": family.model_type, **family.write(model)}
+            _, found = read(data, family.model_type)
+        except (AssertionError, ConfigError, KeyError, StopIteration):
+            continue
+        missing = diff(essence(found), wanted)
+        if not missing:
+            return family, data
+        misses.append((len(missing), family.model_type, missing))
+    if not misses:
+        raise ConfigError("no family of lm/convert has this kind of model")
+    _, nearest_one, missing = min(misses, key=lambda m: m[:2])
+    some = ", ".join(f"model.{path}={new!r}" for path, _, new in missing[:5])
+    raise ConfigError(
+        f"no family can express this model; {nearest_one}, the nearest, has no {some}"
+    )

@@ -1,0 +1,78 @@
+"""What a model family is to the converters: a config read and written, and a table of names."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lm.convert.fields import Fields
+from lm.convert.steps import Row
+from lm.models.transformer import Transformer
+from lm.nn.attention import Attention
+from lm.nn.ffn import Mlp
+from lm.nn.moe import Dropless, Moe, Sigmoid
+
+# Of a model, what a checkpoint's weights do not depend on: the user's to choose.
+FREE = ("vocab_multiple", "dropout", "init_std", "dtype", "remat", "scan")
+UNTRAINED: dict[str, Any] = {"dispatch": Dropless(), "balance": 0.0, "z_loss": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Which tensor is which parameter."""
+
+    whole: tuple[Row, ...]  # outside the layers; paths in the model
+    layers: tuple[tuple[Row, ...], ...]  # of each layer; paths in its block
+    head: str = (
+        "lm_head.weight"  # the head of a tied model, where a file has it all the same
+    )
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors."""
+        rows = [*self.whole, *(row for layer in self.layers for row in layer)]
+        return [name for row in rows for name in row.names()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type` of Hugging Face's config.json."""
+
+    model_type: str
+    architecture: str  # the class of transformers
+    read: Callable[[Fields], Transformer.Config]
+    write: Callable[[Transformer.Config], dict[str, Any]]  # keys that say the same
+    table: Callable[[Transformer.Config], Table]
+    buffers: tuple[str, ...] = ()  # patterns of tensors that are no weights
+    prefix: str = "model."  # which files of a bare base model leave out
+
+
+def essence(model: Transformer.Config) -> Transformer.Config:
+    """Returns the config with what its weights do not depend on at its default."""
+    plain = Transformer.Config()
+    model = dataclasses.replace(model, **{name: getattr(plain, name) for name in FREE})
+    plain_attention: Any = dataclasses.replace(
+        model.attention, implementation="auto", context="auto"
+    )
+    if isinstance(plain_attention, Attention.Config):
+        plain_attention = dataclasses.replace(plain_attention, head_dim=model.head_dim)
+    ffn: Any = model.ffn
+    if isinstance(ffn, Moe.Config):
+        hidden = ffn.expert(model.dim).hidden
+        dense = (
+            _width(ffn.dense, model.dim)
+            if len(model.sparse) < model.layers
+            else Mlp.Config()
+        )
+        ffn = dataclasses.replace(ffn, hidden=hidden, dense=dense, **UNTRAINED)
+        if isinstance(ffn.gate, Sigmoid):
+            ffn = dataclasses.replace(ffn, gate=dataclasses.replace(ffn.gate, rate=0.0))
+    else:
+        ffn = _width(ffn, model.dim)
+    local = model.local
+    if local is not None:
+        pattern = tuple(model.is_local(i) for i in range(model.layers))
+        local = dataclasses.replace(local, pattern=pattern)
+    return dataclasses.replace(model, attention=plain_attention, ffn=ffn, local=local)
+
+
+def _width(ffn: Mlp.Config, dim: int) -> Mlp.Config:
+    return dataclasses.replace(ffn, hidden=ffn.width(dim))

@@ -1,0 +1,253 @@
+"""Every family against transformers: logits, loss, gradients, greedy text and padding, in fp32.
+
+Small models of random weights, made here; nothing is downloaded. Run with -m parity.
+"""
+
+import dataclasses
+import functools
+import logging
+import tempfile
+import types
+
+import families_hf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from etils import epath
+
+from lm import config, generate, gradients, train
+from lm.convert import families, files, weights
+from lm.data import tokenizer as tokenizers
+from lm.experiment import Generate
+from lm.models.transformer import Transformer
+
+torch = pytest.importorskip("torch", reason="parity needs the extra parity: torch")
+transformers = pytest.importorskip(
+    "transformers", reason="parity needs the extra parity: transformers"
+)
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("default"),  # those of other people's packages
+]
+
+ROWS, LENGTH, NEW = 3, 40, 12
+REAL = np.array([40, 27, 9])  # tokens of each row, the rest is padding
+TOLERANCE = 1e-4  # of logits around 1, of the loss, and of a gradient's norm
+
+
+@functools.cache
+def made(name):
+    """Returns a model of transformers, its files, and the same in ours."""
+    torch.manual_seed(0)
+    values = families_hf.CONFIGS[name]
+    chosen = transformers.AutoConfig.for_model(**values)
+    chosen._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(chosen)
+    model = model.to(torch.float32).eval()
+    everything = [*model.named_parameters(), *model.named_buffers()]
+    with torch.no_grad():
+        for path, p in everything:
+            if "inv_freq" not in path and p.is_floating_point() and p.ndim:
+                big = 0.3 if "bias" in path or "sink" in path else 0.15
+                if not path.endswith("embed_scale"):
+                    p += big * torch.randn_like(p)
+    folder = epath.Path(tempfile.mkdtemp())
+    model.save_pretrained(str(folder))
+    read = files.read_json(folder / "config.json")
+    family, ours = families.read(read)
+    ours = config.override(ours, families_hf.SETS.get(name, []))
+    prog = program(ours)
+    params = loaded(prog, family, folder)
+    return types.SimpleNamespace(
+        model=model, folder=folder, family=family, prog=prog, params=params, json=read
+    )
+
+
+def program(model: Transformer.Config) -> train.Program:
+    data = dataclasses.replace(
+        toy.BASE.data, length=64, tokenizer=tokenizers.SentencePiece()
+    )
+    chosen = dataclasses.replace(toy.BASE, model=model, data=data)
+    return train.program(chosen, toy.layout(chosen.mesh))
+
+
+def loaded(prog, family, folder):
+    table = family.table(prog.experiment.model)
+    every = weights.places(prog.experiment.model, table)
+    source = files.Safetensors(epath.Path(folder))
+    shapes = {path: x.shape for path, x in prog.shapes.items()}
+    vocab = prog.experiment.model.vocab_size
+    weights.check(family, table, source, shapes, every, vocab)
+    return weights.read(prog, source, every)
+
+
+@functools.cache
+def tokens(name):
+    vocab = made(name).prog.experiment.model.vocab_size
+    return np.random.default_rng(1).integers(3, vocab, (ROWS, LENGTH)).astype(np.int32)
+
+
+def batch(ids, there):
+    """A batch of one document a row; `there` [B, T] is where it is."""
+    segments = there.astype(np.int32)
+    scored = there & np.roll(there, -1, 1)
+    scored[:, -1] = False
+    return {
+        "tokens": ids,
+        "targets": np.roll(ids, -1, 1),
+        "segments": segments,
+        "positions": np.maximum(np.cumsum(segments, 1) - 1, 0).astype(np.int32),
+        "weights": scored.astype(np.float32),
+        "bytes": np.ones(len(ids), np.int32),
+        "index": np.arange(len(ids), dtype=np.uint32),
+    }
+
+
+def padded(side):
+    """Returns where the tokens are when each row has its own length."""
+    places = np.arange(LENGTH)[None]
+    if side == "right":
+        return places < REAL[:, None]
+    return places >= LENGTH - REAL[:, None]
+
+
+def theirs(one, host, **more):
+    mask = torch.tensor(host["segments"], dtype=torch.long)
+    positions = torch.tensor(host["positions"], dtype=torch.long)
+    ids = torch.tensor(host["tokens"], dtype=torch.long)
+    return one.model(input_ids=ids, attention_mask=mask, position_ids=positions, **more)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", families_hf.CONFIGS)
+def test_logits_are_the_same_beside_padding(name, side):
+    one = made(name)
+    host = batch(tokens(name), padded(side))
+    with torch.no_grad():
+        expected = theirs(one, host).logits.numpy()
+    _, found = _hidden(one.prog)(one.params, host)
+    found = found[..., : expected.shape[-1]]
+    there = host["segments"] > 0
+    assert np.abs(expected[there]).max() > 0.3
+    np.testing.assert_allclose(
+        found[there], expected[there], atol=TOLERANCE, rtol=TOLERANCE
+    )
+
+
+@functools.cache
+def _hidden(prog):
+    return toy.hidden(prog)
+
+
+@pytest.mark.parametrize("name", families_hf.CONFIGS)
+def test_loss_and_every_gradient_are_the_same(name):
+    one = made(name)
+    host = batch(tokens(name), padded("right"))
+    there = torch.tensor(host["segments"] > 0)
+    labels = torch.where(there, torch.tensor(host["tokens"], dtype=torch.long), -100)
+    one.model.zero_grad()
+    loss = theirs(one, host, labels=labels).loss
+    loss.backward()
+
+    def of(params, batch):
+        count = batch["weights"].sum()
+        return gradients.of(one.prog, params, batch, jnp.int32(0), count)
+
+    sums, grads = one.prog.compiled(of)(one.params, toy.place(one.prog, host))
+    assert abs(float(sums["loss"]) / loss.item() - 1) < TOLERANCE
+
+    values = {k: p.data.clone() for k, p in one.model.named_parameters()}
+    buffers = {k: p.data.clone() for k, p in one.model.named_buffers()}
+    try:  # the gradient, saved as a model is
+        for p in one.model.parameters():
+            p.data = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        folder = tempfile.mkdtemp()
+        one.model.save_pretrained(folder)
+    finally:
+        for k, p in one.model.named_parameters():
+            p.data = values[k]
+        for k, p in one.model.named_buffers():
+            p.data = buffers[k]
+    expected = toy.flat(loaded(one.prog, one.family, folder))
+    found = toy.flat(grads)
+    for path, want in expected.items():
+        if path.endswith("balance_e"):  # moved by counts, not trained
+            continue
+        size = np.linalg.norm(want.astype(np.float64).ravel())
+        assert size > 0 or "bias_kh" in path, path
+        assert toy.distance(found[path], want) < TOLERANCE * size + 1e-6, path
+
+
+@pytest.mark.parametrize("name", families_hf.CONFIGS)
+def test_greedy_text_is_the_same_token_for_token(name):
+    """From prompts of several lengths, on past the window, each step by the cache."""
+    one = made(name)
+    prompts = [tokens(name)[b, :n] for b, n in enumerate((14, 5, 9))]
+    there = np.arange(14)[None] >= 14 - np.array([[14], [5], [9]])
+    ids = np.zeros((3, 14), np.int64)
+    for b, prompt in enumerate(prompts):
+        ids[b, 14 - len(prompt) :] = prompt
+    expected = one.model.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(there.astype(np.int64)),
+        do_sample=False, max_new_tokens=NEW, pad_token_id=0, eos_token_id=None,
+    )[:, 14:].numpy()  # fmt: skip
+    chosen = Generate(tokens=NEW, temperature=0.0)
+    sample = generate.make_sample(one.prog, chosen, -1)
+    rows = generate.make_rows([(p, 0) for p in prompts], NEW, 64, 1)
+    found, finite = sample(one.params, rows, jax.random.key(0))
+    assert finite
+    assert len(np.unique(expected)) > 2
+    np.testing.assert_array_equal(np.asarray(found)[:3], expected)
+
+
+@pytest.mark.parametrize("name", families_hf.CONFIGS)
+def test_what_is_exported_is_what_transformers_reads(name):
+    """Every tensor has its bytes again, and config.json, written anew, says the same."""
+    one, warned = made(name), []
+    with toy.refused("config.json", "a_new_key=1"):
+        families.read({**one.json, "a_new_key": 1})
+    model = one.prog.experiment.model
+    family, data = families.write(model)
+    every = weights.places(model, family.table(model))
+    dtypes = files.Safetensors(one.folder).dtypes
+    folder = epath.Path(tempfile.mkdtemp())
+    sizes = weights.sizes(one.prog, every, dtypes, "float32")
+    writer = files.Writer(folder, sizes, most=60_000)  # several files
+    rows = weights.write(one.params, every, model.vocab_size, dtypes, "float32")
+    for path, array in rows:
+        writer.add(path, array)
+    writer.close()
+    before, after = files.Safetensors(one.folder), files.Safetensors(folder)
+    if family is one.family:
+        assert before.shapes == after.shapes
+        for path in before.shapes:
+            assert before.tensor(path).tobytes() == after.tensor(path).tobytes(), path
+    families_hf.write_json(
+        folder / "config.json",
+        {"architectures": [family.architecture], **families_hf.MARKS, **data},
+    )
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        again, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), output_loading_info=True, attn_implementation="eager"
+        )
+    finally:
+        logger.removeHandler(handler)
+    assert not warned
+    assert not any(info.values()), info
+    host = batch(tokens(name), padded("right"))
+    with torch.no_grad():
+        one_logits = theirs(one, host).logits
+        same = theirs(types.SimpleNamespace(model=again), host).logits
+    np.testing.assert_allclose(same.numpy(), one_logits.numpy(), atol=1e-5)
+
+
+def test_there_is_a_case_for_every_family():
+    assert {values["model_type"] for values in families_hf.CONFIGS.values()} == set(
+        families.FAMILIES
+    )
