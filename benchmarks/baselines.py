@@ -117,7 +117,7 @@ def spam(folder: pathlib.Path = SPAM, picture: str = "") -> list[tuple[str, str]
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ConfigError("spam needs scikit-learn: pip install 'lm[dev]'") from error
+        raise ConfigError("spam needs `pip install scikit-learn`") from error
     sets = {}
     for name in ("train", "test"):
         path = folder / f"{name}.jsonl"

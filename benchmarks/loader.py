@@ -1,4 +1,4 @@
-"""Measures the loader (tokens/s) and the token store (MB/s): `python -m
+"""Measures loader and objectives (tokens/s) and the token store (MB/s): `python -m
 benchmarks.loader`.
 
 CPU time of this process, all its threads, so that other work on the machine hardly
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from lm import batches
 from lm.data import corpus, loader
 from lm.data.loader import Bytes, Data, SentencePiece
 
@@ -85,6 +86,66 @@ def measure_loader(data: Data, vocab_size: int) -> None:
             )
 
 
+OBJECTIVES = (
+    (batches.Causal(), "text"),
+    (batches.Prefix(), "text"),
+    (batches.Masked(), "text"),
+    (batches.Masked(whole_words=True), "text"),
+    (batches.SpanCorruption(), "text"),
+    (batches.Seq2Seq(target_length=256, long="cut"), "en+es"),
+    (batches.Sft(long="cut"), "en+es"),
+    (batches.Classification(labels=("old", "new")), "en+label"),
+)
+
+
+def write_verses(path: pathlib.Path) -> None:
+    """Writes the verses of both Bibles; those of the last 27 books are "new"."""
+    verses = list(corpus.documents("verses", "lm_bible"))
+    books = list(dict.fromkeys(v["id"].split("/")[0] for v in verses))
+    with path.open("w", encoding="utf-8") as file:
+        for verse in verses:
+            new = books.index(verse["id"].split("/")[0]) >= 39
+            file.write(json.dumps({**verse, "label": "new" if new else "old"}) + "\n")
+
+
+def measure_objectives(data: Data, vocab_size: int) -> None:
+    """Prints how fast rows of each objective are made, 64 of 256 tokens of text a batch."""
+    for objective, fields in OBJECTIVES:
+        path = pathlib.Path(data.store_dir) / (
+            "text.jsonl" if fields == "text" else "verses.jsonl"
+        )
+        chosen = dataclasses.replace(
+            data, source=(f"jsonl:{path}#{fields}",), length=256, packing="documents"
+        )
+        size = vocab_size + batches.added(objective)
+        coder = batches.tokenizer(objective, chosen, size)
+        stores = batches.stores(objective, chosen, coder)
+        start = time.process_time()
+        made = loader.batches(
+            batches.examples(objective, chosen, stores, coder, 0), sizes=64
+        )
+        batch = next(made)
+        began = time.process_time() - start
+        rows = [k for k in ("tokens", "inputs") if k in batch]
+        tokens = sum(batch[k].size for k in rows)
+        real = sum(
+            (batch["input_" * (k == "inputs") + "segments"] > 0).sum() for k in rows
+        )
+        steps = max(1_000_000 // tokens, 20)
+
+        def read(made=made, steps=steps) -> None:
+            for _ in range(steps):
+                next(made)
+
+        seconds = min(cpu_seconds(read) for _ in range(ROUNDS))
+        name = type(objective).__name__
+        name += " (words)" if getattr(objective, "whole_words", False) else ""
+        print(
+            f"batches  {name:16} {steps * tokens / seconds / 1e6:5.1f} M tokens per CPU "
+            f"second, {real / tokens:4.0%} of them text, first batch {began:.1f} CPU s"
+        )
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "text.jsonl"
@@ -97,6 +158,8 @@ def main() -> None:
             chosen = dataclasses.replace(data, tokenizer=tokenizer)
             measure_store(chosen, vocab_size, size / 1e6)
         measure_loader(dataclasses.replace(data, tokenizer=trained), 4096)
+        write_verses(pathlib.Path(folder) / "verses.jsonl")
+        measure_objectives(dataclasses.replace(data, tokenizer=trained), 4096)
 
 
 if __name__ == "__main__":

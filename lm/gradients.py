@@ -4,8 +4,10 @@ Shapes: B global batch, A accumulated parts, M microbatches of a pipeline, R dat
 of a microbatch on one replica, T length, P stages, v rounds, l layers of a chunk.
 """
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from lm import objectives, sharding, trees
+from lm import gathering, objectives, sharding
 from lm.batches import Objective
 from lm.models import pipeline, timetable
 from lm.nn.blockwise import Tokens
@@ -58,27 +60,25 @@ def of(
 
     if not apart(prog):
         return one(params, batch)
-    layout = sharding.current()
-    R, replica = layout.size("replica"), layout.axes("replica")
-    lead = replica[0] if replica else None
-    with sharding.mapped("replica"):
+    with _copied(prog, params) as (whole_params, R, lead):
         parts = _parts(batch, A, prog.microbatches, R, lead)
         if A == 1:
-            total = jax.vmap(one, (None, 1))(params, jax.tree.map(_first, parts))
-            return jax.tree.map(lambda x: x.sum(0), total)
+            part = jax.tree.map(_first, parts)
+            sums, grads = jax.vmap(one, (None, 1))(whole_params, part)
+        else:
 
-        def add(carry: Params, part: objectives.Batch) -> tuple[Params, Sums]:
-            sums, grads = jax.vmap(one, (None, 1))(params, part)
-            return jax.tree.map(jnp.add, carry, grads), sums
+            def add(carry: Params, part: objectives.Batch) -> tuple[Params, Sums]:
+                sums, grads = jax.vmap(one, (None, 1))(whole_params, part)
+                return jax.tree.map(jnp.add, carry, grads), sums
 
-        def zeros(path: str) -> Array:
-            shape, spec = prog.shapes[path].shape, prog.specs[path]
-            return jnp.zeros((R, *shape), jnp.float32, out_sharding=P(lead, *spec))
+            def zeros(x: Array) -> Array:
+                spec = P(lead, *jax.typeof(x).sharding.spec)
+                return jnp.zeros((R, *x.shape), jnp.float32, out_sharding=spec)
 
-        start = trees.nest({path: zeros(path) for path in prog.shapes})
-        grads, sums = jax.lax.scan(add, start, parts)
-        sums = jax.tree.map(lambda x: x.sum((0, 1)), sums)
-        return sums, jax.tree.map(lambda x: x.sum(0), grads)
+            start = jax.tree.map(zeros, whole_params)
+            grads, sums = jax.lax.scan(add, start, parts)
+            sums = jax.tree.map(lambda x: x.sum(0), sums)
+    return jax.tree.map(lambda x: x.sum(0), sums), gathering.total(prog, grads)
 
 
 def apart(prog: Program) -> bool:
@@ -104,18 +104,27 @@ def scores(
             model=dataclasses.replace(prog.experiment.model, dropout=0.0),
         ),
     )
-    layout = sharding.current()
-    R, replica = layout.size("replica"), layout.axes("replica")
     zero, one = jnp.int32(0), jnp.float32(1)
-    with sharding.mapped("replica"):
-        M = prog.eval_microbatches
-        parts = _parts(batch, 1, M, R, replica[0] if replica else None)
+    with _copied(prog, params) as (whole, R, lead):
+        parts = _parts(batch, 1, prog.eval_microbatches, R, lead)
 
         def staged(batches: objectives.Batch) -> Sums:
-            return _staged(prog, params, batches, zero, one, forward=True)[0]
+            return _staged(prog, whole, batches, zero, one, forward=True)[0]
 
         sums = jax.vmap(staged, 1)(jax.tree.map(_first, parts))
         return jax.tree.map(lambda x: x.sum(0), sums)
+
+
+@contextlib.contextmanager
+def _copied(prog: Program, params: Params) -> Iterator[tuple[Params, int, Any]]:
+    """Inside, a vmap stands for the devices whose gradients add up apart: yields what they compute
+    with, their number, and the spec of an axis with an entry for each."""
+    layout = sharding.current()
+    axes = [a for name in prog.copies for a in layout.axes(name)]
+    count = math.prod(layout.mesh.shape[a] for a in axes)
+    params = gathering.whole(prog, params)
+    with sharding.mapped(*prog.copies):
+        yield params, count, axes[0] if len(axes) == 1 else tuple(axes) or None
 
 
 def _first(a: Array) -> Array:

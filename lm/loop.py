@@ -63,7 +63,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
     prog = train.program(experiment, sharding.make_layout(experiment.mesh))
     primary = jax.process_index() == 0
     say = _say if primary else _silent
-    say(_describe(prog))
+    say("\n".join([_describe(prog), *prog.unused]))
     watch.mark("devices")
     checkpoints = _checkpoints(experiment, workdir, say)
     coder, stores, held_out = _tokenized(experiment)
@@ -358,11 +358,13 @@ def _flow(prog: Program) -> str:
     table = gradients.table(prog)
     held = (prog.places >= 0).sum((1, 2))
     uneven = "" if len(set(held)) == 1 else f", layers {'+'.join(map(str, held))}"
+    scored = prog.eval_microbatches
+    fewer = "" if scored == table.microbatches else f" ({scored} in evaluation)"
     places = prog.places.shape[-1]
     more = {part: len(prog.computed(part)) - places for part in ("mixer", "ffn")}
     again = " and ".join(f"{n} {part}" for part, n in more.items() if n)
     return (
-        f"{prog.experiment.pipeline.schedule}, {table.microbatches} microbatches, "
+        f"{prog.experiment.pipeline.schedule}, {table.microbatches} microbatches{fewer}, "
         f"bubble {table.bubble:.0%}{uneven}"
         + (f", {again} more than a chunk of {places} needs" if again else "")
     )

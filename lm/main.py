@@ -267,6 +267,9 @@ def _restored(
 ) -> tuple[train.Program, dict, tokenizer.Tokenizer, int]:
     """Returns the program, the weights, the tokenizer and the step of a checkpoint."""
     prog = train.program(experiment, sharding.make_layout(experiment.mesh))
+    if jax.process_index() == 0:
+        for line in prog.unused:
+            _say(line)
     state = train.abstract_state(prog)
     averaged = state.ema is not None and experiment.eval.use_ema
     key = "ema" if averaged else "params"

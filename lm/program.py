@@ -38,6 +38,7 @@ class Program:
     updates: dict[
         str, P
     ]  # where they are updated: `specs`, split over data too by ZeRO-1
+    working: dict[str, P]  # where a step computes with them: `specs`, or gathered
     optimizer: optax.GradientTransformationExtraArgs
     rate: Callable[[Any], Array]  # learning rate by step
     chunks: chunk.Places  # which layer lies in which place of which stage
@@ -60,6 +61,32 @@ class Program:
     def staged(self) -> bool:
         """Whether the layers lie on the stages of a pipeline."""
         return len(self.places) > 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether stored weights are gathered, and held so with their gradients, once a step."""
+        return self.working != self.specs
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Logical axes whose devices each add up a gradient of all that they compute with."""
+        return ("replica", "embed") if self.whole else ("replica",)
+
+    @property
+    def unused(self) -> list[str]:
+        """Lines on settings of the pipeline that do nothing on this mesh."""
+        chosen, usual = self.experiment.pipeline, timetable.Pipeline()
+        fields = [f.name for f in dataclasses.fields(chosen)]
+        changed = {
+            name: f"pipeline.{name}={getattr(chosen, name)}"
+            for name in fields
+            if getattr(chosen, name) != getattr(usual, name)
+        }
+        if changed and not self.staged:
+            return [f"mesh.pipe=1: {', '.join(changed.values())} not used"]
+        if "gather" in changed and not self.whole:
+            return [f"mesh.fsdp=1: {changed['gather']} not used, nothing is gathered"]
+        return []
 
     @property
     def packed(self) -> bool:
@@ -190,10 +217,16 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
             path: jax.ShapeDtypeStruct(_stored(path, p.shape, chunks), p.dtype)
             for path, p in params.items()
         }
-        specs = {
+        specs = working = {
             path: sharding.storage(path, x.shape, axes[path])
             for path, x in shapes.items()
         }
+        if stages > 1 and experiment.pipeline.gather == "step":
+            with sharding.mapped("replica", "embed"):
+                working = {
+                    path: sharding.storage(path, x.shape, axes[path])
+                    for path, x in shapes.items()
+                }
     updates = specs
     if experiment.mesh.zero1:
         updates = {
@@ -207,6 +240,7 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
         axes=axes,
         specs=specs,
         updates=updates,
+        working=working,
         optimizer=optim.build(experiment.optim, experiment.train.steps, axes),
         rate=optim.schedule(experiment.optim, experiment.train.steps),
         chunks=chunks,

@@ -5,6 +5,7 @@ between stages. Plain order is that of the layers, without the places that hold 
 stages' mesh axis splits the width of the weights instead, so that no device holds more than before.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -23,29 +24,45 @@ def plain(prog: Program, tree: Any) -> Any:
     """Returns the tree (parameters, or a state with such in it) with its stacks in plain order."""
     if not prog.staged:
         return tree
-
-    def one(path: str, x: Array) -> Array:
-        rows = prog.rows(path).ravel()
-        order = np.argsort(np.where(rows < 0, len(rows), rows))[: (rows >= 0).sum()]
-        spec = _spread(prog, path, x)
-        return reshard(x, spec).at[order].get(out_sharding=spec)
-
-    return _stacks(prog, tree, one)
+    return _stacks(prog, tree, functools.partial(_plain, prog))
 
 
 def arranged(prog: Program, tree: Any) -> Any:
     """Returns the tree with its stacks in the order of memory; the inverse of `plain`."""
     if not prog.staged:
         return tree
+    return _stacks(prog, tree, functools.partial(_arranged, prog))
 
-    def one(path: str, x: Array) -> Array:
-        rows = prog.rows(path).ravel()
-        spec = jax.typeof(x).sharding.spec
-        x = x.at[np.maximum(rows, 0)].get(out_sharding=spec)
-        there = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
-        return reshard(jnp.where(there, x, 0), _together(spec))
+
+def moved(prog: Program, tree: Any) -> Any:
+    """Does what `arranged` does, an array after the other: each is deleted when its new order is
+    there, so that no more than one is held twice."""
+
+    @functools.cache
+    def compiled(name: str) -> Any:
+        return prog.compiled(functools.partial(_arranged, prog, name))
+
+    def one(name: str, x: Array) -> Array:
+        new = jax.block_until_ready(compiled(name)(x))
+        x.delete()
+        return new
 
     return _stacks(prog, tree, one)
+
+
+def _plain(prog: Program, name: str, x: Array) -> Array:
+    rows = prog.rows(name).ravel()
+    order = np.argsort(np.where(rows < 0, len(rows), rows))[: (rows >= 0).sum()]
+    spec = _spread(prog, name, x)
+    return reshard(x, spec).at[order].get(out_sharding=spec)
+
+
+def _arranged(prog: Program, name: str, x: Array) -> Array:
+    rows = prog.rows(name).ravel()
+    spec = jax.typeof(x).sharding.spec
+    x = x.at[np.maximum(rows, 0)].get(out_sharding=spec)
+    there = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
+    return reshard(jnp.where(there, x, 0), _together(spec))
 
 
 def rows(prog: Program, path: str, x_LE: Array) -> Array:

@@ -75,7 +75,7 @@ def abstract_state(prog: Program) -> TrainState:
 def saved(prog: Program, tree: Any) -> Any:
     """Returns a state, or a part of one, as checkpoints hold it: stacks in the order of layers.
 
-    Abstract leaves give abstract ones.
+    Abstract leaves give abstract ones. Where that is another order, both are held.
     """
     if prog.ordered:
         return tree
@@ -86,10 +86,11 @@ def saved(prog: Program, tree: Any) -> Any:
 
 
 def loaded(prog: Program, tree: Any) -> Any:
-    """Returns what a checkpoint held as the step wants it; the inverse of `saved`."""
-    if prog.ordered:
-        return tree
-    return prog.compiled(functools.partial(stacked.arranged, prog))(tree)
+    """Returns what a checkpoint held as the step wants it; the inverse of `saved`.
+
+    Consumes the tree: arrays that change their order are deleted one by one.
+    """
+    return tree if prog.ordered else stacked.moved(prog, tree)
 
 
 def make_train_step(

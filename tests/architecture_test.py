@@ -39,6 +39,7 @@ FLOORS = {
     "lm.experiment": 3.0,
     "lm.program": 3.25,
     "lm.stacked": 3.4,
+    "lm.gathering": 3.3,
     "lm.gradients": 3.4,
     "lm.train": 3.5,
     "lm.generate": 3.75,
@@ -46,7 +47,7 @@ FLOORS = {
     "lm.evaluate": 4.0,
     "lm.resume": 4.0,
     "lm.plan": 4.0,
-    "lm.convert": 4.0,
+    "lm.convert": 4.25,
     "lm.compress": 4.0,
     "lm.log": 4.5,
     "lm.loop": 5.0,
@@ -57,8 +58,8 @@ FLOORS = {
 # Imported where they are used: slow to load, or not needed by every run.
 LAZY = {
     *("matplotlib", "orbax", "sentencepiece", "tensorboardX", "tensorflow_datasets"),
-    *("gguf", "jinja2", "safetensors", "tokenizers"),  # the extra hf
     *("rouge_score", "sacrebleu", "snowballstemmer", "stop_words"),  # of extras
+    *("gguf", "jinja2", "safetensors", "tokenizers"),  # the extra hf
 }
 THIRD_PARTY = LAZY | {
     "absl",

@@ -56,6 +56,11 @@ MESHES = {
     "pipe 4": ["mesh.pipe=4"],
     "pipe 4 x data 2": ["mesh.pipe=4", "mesh.data=2"],
     "pipe 4 x fsdp 2": ["mesh.pipe=4", "mesh.fsdp=2"],
+    "pipe 4 x fsdp 2, gathered once": [
+        "mesh.pipe=4",
+        "mesh.fsdp=2",
+        "pipeline.gather=step",
+    ],
     "seq 8, ring": [
         "mesh.seq=8",
         "model.attention.context=ring",

@@ -1,7 +1,9 @@
-"""Small configs of every family, as transformers takes them."""
+"""Small configs of every family, as transformers takes them, and a small tokenizer."""
 
 import json
 from typing import Any
+
+from lm.data import pretrained
 
 MARKS = {"bos_token_id": 1, "eos_token_id": 2}
 SMALL = {
@@ -164,3 +166,46 @@ SETS: dict[str, list[str]] = {
 
 def write_json(path: Any, data: Any) -> None:
     path.write_text(json.dumps(data))
+
+
+TEXTS = ["", "abab cab", "Zwölf ☂ \n\n  tabs\t", "</s> is no mark <s>", "\r\n\0"]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    "<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def write_tokenizer(folder):
+    """A byte-level tokenizer.json whose pieces are single bytes and one merge."""
+    letters = sorted(pretrained._byte_of(), key=pretrained._byte_of().get)
+    names = ["<s>", "</s>", *letters, "ab"]
+    marks = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
+    data = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [
+            {"id": i, "content": name, "special": True, **marks}
+            for i, name in enumerate(names[:2])
+        ],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
+                          "trim_offsets": True, "use_regex": True},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                    "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {name: i for i, name in enumerate(names)}, "merges": ["a b"]},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    about = {
+        "eos_token": "</s>",
+        "bos_token": {"content": "<s>"},
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))

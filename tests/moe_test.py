@@ -4,6 +4,7 @@ Shapes: B rows, T length, D embed, F hidden width, E experts, K choices of a tok
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from lm import sharding
 from lm.nn import dispatch, ragged
 from lm.nn.blockwise import Tokens
 from lm.nn.layers import Side
-from lm.nn.moe import Capacity, Dropless, Moe, Sigmoid, Softmax
+from lm.nn.moe import Capacity, Dropless, Limited, Moe, Sigmoid, Softmax
 
 B, T, D, F, E = 8, 16, 12, 10, 8
 ONE = Softmax(renormalize=False)
@@ -29,7 +30,12 @@ KINDS = {
         hidden=F, gate=Sigmoid(scale=1.5), shared=2, dispatch=Capacity(factor=0.75)
     ),
     "dropless": Moe.Config(hidden=F, dispatch=Dropless(), activation="geglu"),
-}
+    "clamped, shifted, in groups": Moe.Config(
+        hidden=F, top_k=3, activation="clamped", limit=0.5, bias=True, router_bias=True,
+        shared=1, shared_gate=True, limited=Limited(groups=4, keep=2),
+        gate=Softmax(scale=1.5), dispatch=Capacity(factor=0.75),
+    ),
+}  # fmt: skip
 MESHES = {
     "data 2 x expert 4": {"data": 2, "expert": 4},
     "fsdp 2 x expert 2 x tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
@@ -62,6 +68,11 @@ def apply(config, sizes=None, x=X, order: Any = slice(None), cached=False):
         if isinstance(config.gate, Sigmoid):
             bias = np.random.default_rng(1).normal(0, 0.1, E).astype(np.float32)
             model.balance_e = nnx.Param(jnp.asarray(bias), axes=("balance",))
+        for name, p in vars(model).items():
+            if isinstance(p, nnx.Param) and "_bias_" in name:  # born 0
+                noise = np.random.default_rng(2).normal(0, 0.3, p.shape)
+                value = jax.device_put(np.float32(noise), p[...].sharding)
+                setattr(model, name, nnx.Param(value, axes=p.axes))
 
         def put(a):
             spec = sharding.spec("batch", "length", *[None] * (a.ndim - 2))
@@ -89,19 +100,33 @@ def flat(module):
     }
 
 
+def expert_of(activation, t, up, down, gate, *shifts):
+    """One expert on one token."""
+    up_bias, down_bias, gate_bias = shifts or (0, 0, 0)
+    act = jax.nn.silu if activation == "swiglu" else jax.nn.gelu
+    up = t @ up + up_bias
+    if gate is None:
+        return act(up) @ down + down_bias
+    gate = t @ gate + gate_bias
+    if activation == "clamped":
+        gate, up = jnp.minimum(gate, 0.5), jnp.clip(up, -0.5, 0.5)
+        return (gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)) @ down + down_bias
+    return (act(gate) * up) @ down + down_bias
+
+
+def in_groups(config, ranked):
+    """The scores by which one chooses: -1 in all groups but the best."""
+    if config.limited is None:
+        return ranked
+    best = np.argsort(-ranked.reshape(4, 2).max(-1))[:2]
+    return np.where(np.isin(np.arange(E) // 2, best), ranked, -1)
+
+
 def loop(config, w, x):
     """The layer as a loop over tokens, in float64: loss, (y, losses, load, dropped, margin)."""
     k, room = config.top_k, config.room(T)
     soft = isinstance(config.gate, Softmax)
-    act = {
-        "swiglu": jax.nn.silu,
-        "geglu": jax.nn.gelu,
-        "gelu": jax.nn.gelu,
-    }[config.activation]
-
-    def expert(t, up, down, gate):
-        return (act(t @ up) if gate is None else act(t @ gate) * (t @ up)) @ down
-
+    expert = functools.partial(expert_of, config.activation)
     y, losses = jnp.zeros((B, T, D)), []
     load, dropped, margin = np.zeros(E, int), 0, np.inf
     for b in range(B):
@@ -109,12 +134,16 @@ def loop(config, w, x):
         for t in range(T):
             if config.shared:
                 names = ("up_df", "down_fd", "gate_df")
-                y = y.at[b, t].add(expert(x[b, t], *(w["shared/" + n] for n in names)))
+                part = expert(x[b, t], *(w["shared/" + n] for n in names))
+                if config.shared_gate:
+                    part = part * jax.nn.sigmoid(x[b, t] @ w["shared_gate_d"])
+                y = y.at[b, t].add(part)
             if not REAL[b, t]:
                 continue
-            logits = x[b, t] @ w["router_de"]
+            logits = x[b, t] @ w["router_de"] + w.get("router_bias_e", 0)
             score = jax.nn.softmax(logits) if soft else jax.nn.sigmoid(logits)
             ranked = np.asarray(jax.lax.stop_gradient(score)) + w.get("balance_e", 0)
+            ranked = in_groups(config, ranked)
             best = np.argsort(-ranked, kind="stable")
             margin = min(margin, ranked[best[k - 1]] - ranked[best[k]])
             total = score[best[:k]].sum() if config.gate.renormalize else 1.0
@@ -124,8 +153,10 @@ def loop(config, w, x):
                 else:
                     one = (w["up_edf"][e], w["down_efd"][e])
                     gate = w["gate_edf"][e] if "gate_edf" in w else None
-                    scale = 1.0 if soft else config.gate.scale
-                    part = score[e] / total * scale * expert(x[b, t], *one, gate)
+                    names = ("up_bias_ef", "down_bias_ed", "gate_bias_ef")
+                    shifts = [w[n][e] for n in names if config.bias]
+                    one = expert(x[b, t], *one, gate, *shifts)
+                    part = score[e] / total * config.gate.scale * one
                     y = y.at[b, t].add(part)
                 taken[e] += 1
             shares, z = shares + score / score.sum(), z + jax.nn.logsumexp(logits) ** 2
@@ -213,7 +244,9 @@ def test_endless_capacity_drops_nothing():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", ["sigmoid, shared, tight", "dropless"])
+@pytest.mark.parametrize(
+    "kind", ["sigmoid, shared, tight", "dropless", "clamped, shifted, in groups"]
+)
 def test_a_mesh_does_not_change_the_layer(kind, mesh):
     """The length may lie in any order over its devices: here two chunks on each of two."""
     order: Any = slice(None)
@@ -228,7 +261,8 @@ def test_a_mesh_does_not_change_the_layer(kind, mesh):
 @pytest.mark.parametrize("mesh", ["one", *MESHES])
 def test_sorted_rows_are_the_same_as_slots(mesh, monkeypatch):
     """What accelerators run, its exchange emulated: it drops nothing either."""
-    for config in (KINDS["dropless"], KINDS["top 1, gelu"]):
+    kinds = ("dropless", "top 1, gelu", "clamped, shifted, in groups")
+    for config in map(KINDS.get, kinds):
         config = dataclasses.replace(config, dispatch=Dropless())
         want = apply(config)
         with monkeypatch.context() as patch:

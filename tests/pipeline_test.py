@@ -12,6 +12,7 @@ import toy
 from lm import generate, gradients, train, trees
 from lm.experiment import Generate
 from lm.models import timetable
+from lm.program import STACK
 
 # The norm of a gradient's difference from one device's: a few roundings of sums in another order.
 ROUNDINGS = 64
@@ -60,6 +61,15 @@ CASES = {
         *EXPERTS, *ROUNDS, *FIRST, "model.ffn.every=3", "model.layers=10", "mesh.pipe=2",
         "mesh.data=2", "mesh.expert=2", "pipeline.microbatches=2", "model.ffn.gate=Sigmoid",
         "model.dropout=0.1",
+    ],
+    "1f1b, gathered once": [
+        *FIVE, "mesh.pipe=2", "mesh.data=2", "mesh.fsdp=2", "pipeline.gather=step",
+        "pipeline.microbatches=2",
+    ],
+    "interleaved, experts, gathered once, accumulated": [
+        *EXPERTS, *ROUNDS, "mesh.pipe=2", "mesh.fsdp=2", "mesh.expert=2", "model.layers=4",
+        "model.ffn.every=2", "pipeline.microbatches=2", "pipeline.gather=step",
+        "train.accumulate=2", "model.tied=false",
     ],
     "1f1b, learned positions": [
         *toy.CLASSIC, "model.attention.bias=false", "mesh.pipe=2", "mesh.tensor=4",
@@ -148,12 +158,13 @@ def test_the_program_runs_the_ticks_of_the_table(case):
         assert n in trips, (n, trips)
 
 
-def memory(schedule, microbatches):
+def memory(schedule, microbatches, *more):
     """Bytes of temporaries of a device, with microbatches of one row."""
     sets = [
         "mesh.pipe=2",
         f"pipeline.schedule={schedule}",
         "model.dim=64",
+        *more,
     ]
     sets += [
         f"pipeline.microbatches={microbatches}",
@@ -185,6 +196,25 @@ def test_under_1f1b_only_ids_grow_with_the_microbatches():
     gpipe = (memory("gpipe", 32) - memory("gpipe", 8)) / 24
     assert one <= ids
     assert gpipe >= activation
+
+
+def test_remat_is_honoured_inside_a_stage():
+    """A chunk of four layers keeps their inputs, or all that their backward needs."""
+    none = memory("1f1b", 2, *EIGHT, "model.remat=none")
+    assert none > 1.5 * memory("1f1b", 2, *EIGHT, "model.remat=full")
+
+
+def test_settings_that_do_nothing_are_told():
+    def told(*sets):
+        return "; ".join(toy.program(*sets).unused)
+
+    assert not told("mesh.data=8") and not told("mesh.pipe=2")
+    both = ["pipeline.schedule=gpipe", "pipeline.microbatches=2"]
+    for sets in (both, ["mesh.fsdp=2", "pipeline.gather=step"]):
+        names = [s for s in sets if s.startswith("pipeline")]
+        assert told(*sets) == f"mesh.pipe=1: {', '.join(names)} not used"
+    one = told("mesh.pipe=2", "pipeline.gather=step", "pipeline.microbatches=2")
+    assert one.startswith("mesh.fsdp=1: pipeline.gather=step not used")
 
 
 def test_evaluation_and_samples_are_those_of_one_device():
@@ -228,6 +258,8 @@ def test_what_is_saved_is_in_plain_order_and_comes_back(model):
     before = toy.flat(state)
     for path, x in toy.flat(train.loaded(prog, saved)).items():
         np.testing.assert_array_equal(x, before[path])
+    stacked = trees.flatten(saved.params[STACK]).values()
+    assert all(x.is_deleted() for x in stacked)  # no second copy stays
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_what_is_missing_is_told(monkeypatch):
     for name in [m for m in sys.modules if m.startswith(("sacrebleu", "rouge_score"))]:
         monkeypatch.delitem(sys.modules, name)
     for score, package in ((texts.bleu, "sacrebleu"), (texts.rouge, "rouge-score")):
-        with toy.refused(package, "pip install 'lm[metrics]'"):
+        with toy.refused(package, f"`pip install {package}`"):
             score(["a"], ["a"])
 
 

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 
 import fsspec
+import numpy as np
 import pytest
 from etils.epath import backend
 from fsspec.implementations import memory
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import ConfigError
-from lm.data import cleaning, sources
+from lm.data import cleaning, corpus, sources
 
 TEXTS = ["one\n", "zwei \u2013 ü", "", "  drei\n\nvier", "\u2028 \u20ac", "six"]
 
@@ -216,3 +217,59 @@ def test_a_text_file_is_cut_at_blank_lines(tmp_path):
     assert all(1024 <= len(p) <= 2048 and p.endswith("\n\n") for p in pieces[:-1])
     whole = sources.find(f"text:{tmp_path}/book.txt")
     assert whole.fingerprint("train") != source.fingerprint("train")
+
+
+def fields_of(source, split="train"):
+    return [d for part in source.parts(split) for d in part.documents()]
+
+
+def test_a_document_may_have_several_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_PART", 20)
+    rows = [{"text": f"text {i}", "label": i % 2, "to": "x"} for i in range(9)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = sources.find(f"jsonl:{path}#text+label")
+    assert found.fields == ("text", "label")
+    assert fields_of(found) == [(r["text"], str(r["label"])) for r in rows]
+    other = sources.find(f"jsonl:{path}#text+to")
+    assert found.fingerprint("train") != other.fingerprint("train")
+    for spec, message in [
+        (f"jsonl:{path}#label+text", "field 'label' is int, not text"),
+        (f"jsonl:{path}#text+lable", "no field 'lable'; did you mean 'label'"),
+        (f"jsonl:{path}#text+", "expected one name or several different ones"),
+        (f"jsonl:{path}#text+text", "several different ones"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            fields_of(sources.find(spec))
+
+
+def test_labels_of_tfds_are_their_names(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Mail(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        __module__ = "lm.data.corpus"  # TFDS looks for the package of a builder
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=["ham", "spam"])
+            features = {"text": tfds.features.Text(), "label": label, "n": np.int32}
+            found = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=found)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(4):
+                yield i, {"text": f"text {i}", "label": i % 2, "n": i}
+
+    with corpus._quiet():
+        Mail(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+    found = fields_of(sources.find("tfds:mail#text+label", str(tmp_path)))
+    assert sorted(found) == [(f"text {i}", ("ham", "spam")[i % 2]) for i in range(4)]
+    numbers = fields_of(sources.find("tfds:mail#text+n", str(tmp_path)))
+    assert sorted(numbers) == [(f"text {i}", str(i)) for i in range(4)]
+    with pytest.raises(ConfigError, match="feature 'n' is int, not text"):
+        fields_of(sources.find("tfds:mail#n+text", str(tmp_path)))
+    with pytest.raises(ConfigError, match="no feature 'lable'; did you mean 'label'"):
+        sources.find("tfds:mail#text+lable", str(tmp_path))

@@ -83,6 +83,35 @@ def test_a_store_is_the_stream_of_documents(tmp_path, monkeypatch):
     }
 
 
+def test_documents_of_two_fields_lie_side_by_side(tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(store, "_SHARD", 300)
+    rows = [(f"question {i % 50}", f"answer {i}") for i in range(100)]
+    rows += [rows[3], ("question 7", " "), ("", "answer 7")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in rows))
+    spec = f"jsonl:{path}#q+a"
+    made = obtain(spec, tmp_path / "store", processes=2)
+    assert made.fields == ("q", "a") and len(list(made.path.glob("tokens-*"))) > 1
+    texts = [text for row in rows[:100] for text in row]
+    assert made.read(0, made.tokens).tolist() == stream(texts)
+    assert len(made.starts(0, made.tokens)) == 200
+    assert made.counts["documents"] == 100
+    assert (made.counts["duplicates"], made.counts["empty"]) == (1, 2)
+    splits = [
+        obtain(spec, tmp_path / "store", split, holdout=0.3)
+        for split in ("train", "validation")
+    ]
+    assert sum(s.counts["documents"] for s in splits) == 100
+    questions = [
+        {
+            CODER.decode(d)
+            for d in np.split(s.read(0, s.tokens), s.starts(0, s.tokens))[1::2]
+        }
+        for s in splits
+    ]
+    assert len(questions[0]) + len(questions[1]) == 50  # no question is in both
+
+
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, small_parts):
     spec = write(tmp_path / "text", [*TEXTS, *TEXTS[:9]])
     made = [obtain(spec, tmp_path / str(n), processes=n) for n in (1, 3)]

@@ -97,15 +97,22 @@ def rows(
     sentinels = len(store.token_bytes) + objective.sentinels - np.cumsum(first)
     sentinels = sentinels.astype(np.int32)
     kept = (segments > 0) & (~cut | first)
+    hidden, begins, home = tokens[cut], first[cut], segments[cut]
     # Each run with its sentinel before it, and end of text after the last of a document.
-    hidden, heads = tokens[cut], np.flatnonzero(first[cut])
-    targets = np.insert(hidden, heads, sentinels[first])
-    owner = np.insert(segments[cut], heads, segments[first])
-    ends = np.flatnonzero(np.diff(owner, append=-1)) + 1
-    targets = np.insert(targets, ends, store.eot)
-    owner = np.insert(owner, ends, owner[ends - 1])
+    apart = np.ones(len(home), np.int64)
+    apart[1:] = home[1:] != home[:-1]
+    place = np.arange(len(hidden)) + np.cumsum(begins) + np.cumsum(apart) - 1
+    used = int(place[-1]) + 2 if len(place) else 0
+    targets, owner = np.full(used, store.eot, np.int32), np.zeros(used, np.int32)
+    for at, values, homes in (
+        (place, hidden, home),
+        (place[begins] - 1, sentinels[first], home[begins]),
+    ):
+        targets[at], owner[at] = values, homes
+    owner = np.maximum.accumulate(owner)
     # What is predicted, one later: so each document begins after an end of text.
-    given = np.insert(targets[:-1], 0, store.eot)[: len(targets)]
+    given = np.full(used, store.eot, np.int32)
+    given[1:] = targets[:-1]
     T, U = shape
     return {
         "inputs": padded(np.where(first, sentinels, tokens)[kept], T),
@@ -115,7 +122,7 @@ def rows(
         "targets": padded(targets, U),
         "segments": padded(owner, U),
         "positions": padded(offsets(owner), U),
-        "weights": padded(np.ones(len(targets), np.float32), U),
+        "weights": padded(np.ones(used, np.float32), U),
         "bytes": store.token_bytes[hidden].sum(dtype=np.int32),
         "index": row["index"],
     }
@@ -140,8 +147,8 @@ def _runs(
     parts[1::2] = _composition(noise, runs, drawn[kept - 1 : len(places) - 2])
     span[places] = np.repeat(np.arange(2 * runs), parts)
     cut = span % 2 == 1
-    first = cut & ~(np.roll(cut, 1) & (segments == np.roll(segments, 1)))
-    first[0] = cut[0]
+    first = cut.copy()
+    first[1:] &= ~(cut[:-1] & (segments[1:] == segments[:-1]))
     if np.count_nonzero(first) > runs:  # some leave their document
         run = np.cumsum(first) - 1
         lengths, of = np.bincount(run[cut]), span[first]
@@ -154,5 +161,8 @@ def _runs(
 
 def _composition(total: int, parts: int, drawn: np.ndarray) -> np.ndarray:
     """Returns `parts` numbers of 1 or more with this total, each way as likely."""
-    cuts = np.sort(np.argpartition(drawn, parts - 1)[: parts - 1]) if parts > 1 else []
-    return np.diff([0, *(np.asarray(cuts, np.int64) + 1), total])
+    ends = np.empty(parts + 1, np.int64)
+    ends[0], ends[-1] = 0, total
+    if parts > 1:
+        ends[1:-1] = np.sort(np.argpartition(drawn, parts - 2)[: parts - 1]) + 1
+    return ends[1:] - ends[:-1]

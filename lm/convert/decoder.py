@@ -161,7 +161,11 @@ def write(model: Transformer.Config, **more: Any) -> dict[str, Any]:
     assert isinstance(model.norm, RmsNorm.Config)
     assert isinstance(model.positions, Rope)
     dense: Any = model.ffn
+    longest = {}
+    if isinstance(scaling := model.positions.scaling, Yarn):
+        longest["max_position_embeddings"] = round(scaling.factor * scaling.length)
     return {
+        **longest,
         "hidden_size": model.dim,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
@@ -179,7 +183,7 @@ def write(model: Transformer.Config, **more: Any) -> dict[str, Any]:
 
 def attention_rows(model: Transformer.Config, at: str) -> list[Row]:
     """Returns the rows of one layer's attention; `at` is its prefix."""
-    c, D, H = model.attention, model.dim, model.head_dim
+    c, H = model.attention, model.head_dim
     assert isinstance(c, Attention.Config)
     N, K = model.heads, model.kv_heads
     rows = [
@@ -201,7 +205,6 @@ def attention_rows(model: Transformer.Config, at: str) -> list[Row]:
             row("mixer/query_norm/scale_d", f"{at}q_norm.weight"),
             row("mixer/key_norm/scale_d", f"{at}k_norm.weight"),
         ]
-    del D
     return rows
 
 

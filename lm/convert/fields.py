@@ -86,7 +86,7 @@ class Fields:
         self._read.add(name)
         value = self._data.get(name)
         value = default if value is None and default is not ... else value
-        if value not in known or type(value) not in {type(k) for k in known}:
+        if value not in known or isinstance(value, bool) != isinstance(known[0], bool):
             some = " or ".join(map(repr, known))
             raise ConfigError(
                 f"{self._where}: {name}={value!r} is not supported; lm knows {some}"

@@ -23,13 +23,22 @@ def _model(f: Fields, act: str, **more: Any) -> Transformer.Config:
         **sizes,
         ffn=Mlp.Config(
             hidden=f.get("intermediate_size", int),
-            activation=decoder.activation(f, act, "gelu_pytorch_tanh"),
+            activation=_activation(f, act),
         ),
         norm=decoder.norm(f, offset=1.0),
         embed_scale=sizes["dim"] ** 0.5,
         tied=f.get("tie_word_embeddings", bool, True),
         **more,
     )
+
+
+def _activation(f: Fields, name: str) -> Any:
+    """Returns GeGLU; plain "gelu" was written where its tanh formula was meant (Gemma 1)."""
+    known = ("gelu_pytorch_tanh", "gelu_new", "gelu")[
+        : 3 if name == "hidden_act" else 2
+    ]
+    f.only(name, *known, default="gelu_pytorch_tanh")
+    return "geglu"
 
 
 def _attention(f: Fields, **more: Any) -> Attention.Config:
@@ -46,7 +55,7 @@ def _read1(f: Fields) -> Transformer.Config:
 
 def _read2(f: Fields) -> Transformer.Config:
     f.only("use_bidirectional_attention", False, default=False)
-    f.skip("hidden_act")
+    f.skip("hidden_act", "sliding_window_size")
     attention = _attention(
         f,
         softcap=f.optional("attn_logit_softcapping", float, 50.0),
@@ -128,7 +137,7 @@ def _write2(model: Transformer.Config) -> dict[str, Any]:
         attention_bias=c.bias,
         attn_logit_softcapping=c.softcap,
         final_logit_softcapping=model.head_softcap,
-        query_pre_attn_scalar=round((c.scale or c.head_dim**-0.5) ** -2),
+        query_pre_attn_scalar=round((c.scale or model.head_dim**-0.5) ** -2),
         sliding_window=local.window,
         layer_types=decoder.layer_types(model),
     )

@@ -55,7 +55,7 @@ def _write(model: Transformer.Config) -> dict[str, Any]:
 
 
 def _table(model: Transformer.Config) -> Table:
-    D, N, H = model.dim, model.heads, model.head_dim
+    N, H = model.heads, model.head_dim
     three = (N * H,) * 3
 
     def layer(i: int) -> tuple[Any, ...]:
@@ -81,7 +81,7 @@ def _table(model: Transformer.Config) -> Table:
             row("ffn/down_bias_d", f"{at}mlp.c_proj.bias"),
         )  # fmt: skip
 
-    assert H * N == D
+    assert model.dim == H * N
     whole = [
         row("embed_vd", "transformer.wte.weight"),
         row("position_pd", "transformer.wpe.weight"),

@@ -12,6 +12,8 @@ from lm.nn.ffn import Mlp
 
 def _read(f: Fields) -> Transformer.Config:
     f.only("pretraining_tp", 1, default=1)
+    f.only("rope_interleaved", False, default=False)
+    f.skip("is_llama_config")
     bias = f.get("attention_bias", bool, False)
     ffn = Mlp.Config(
         hidden=f.get("intermediate_size", int),

@@ -8,6 +8,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ class _Leaf:
         self._source, self._rows, self._shape, self._order = source, rows, shape, order
         self._parts: dict[str, np.ndarray] = {}
 
-    def part(self, index: tuple[slice, ...]) -> np.ndarray:
+    def part(self, index: Any) -> np.ndarray:
         """Returns this part; equal ones, for several devices, are made once."""
         key = str(index)
         if key not in self._parts:

@@ -138,11 +138,7 @@ def bring_in(
         _same_head(source, table)
     say(_summary(found, source, prog, left))
 
-    if jax.process_index() == 0:
-        (place / TOKENIZER).mkdir(parents=True, exist_ok=True)
-        for name, content in found.tokenizer.items():
-            (place / TOKENIZER / name).write_bytes(content)
-    coder = tokenizers.load(experiment.data.tokenizer)
+    coder = _coder(found, experiment)
     tokenizers.sizes_agree(coder, vocab)
     params = weights.read(prog, source, every)
     kept = checkpoint.Checkpoints(str(place / checkpoint.FOLDER), report=say)
@@ -158,9 +154,21 @@ def bring_in(
     kept.save(0, train.saved(prog, {"params": params}), meta, coder.files())
     kept.close()
     if jax.process_index() == 0:
+        (place / TOKENIZER).mkdir(parents=True, exist_ok=True)
+        for name, content in found.tokenizer.items():
+            (place / TOKENIZER / name).write_bytes(content)
         _write_json(place / ORIGIN / "config.json", found.config)
         _write_json(place / ORIGIN / "tensors.json", source.dtypes)
         _write_json(place / "config.json", config.to_json(experiment))
+
+
+def _coder(found: Model, experiment: Experiment) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of the files that were read."""
+    chosen = experiment.data.tokenizer
+    if isinstance(chosen, SentencePiece):
+        model = found.tokenizer["tokenizer.model"]
+        return tokenizers.SentencePieceTokenizer(model, begin=chosen.begin)
+    return tokenizers.from_files(found.tokenizer)
 
 
 def _write_json(path: epath.Path, data: Any) -> None:
@@ -257,9 +265,21 @@ def send_out(
     writer.close()
     _write_json(place / "config.json", {"architectures": [family.architecture], **data,
                                         "dtype": usual})  # fmt: skip
-    for name, content in coder.files().items():
-        if name in (pretrained.MAIN, *pretrained.BESIDE):
-            (place / name).write_bytes(content)
+    for name, content in _tokenizer_files(experiment, coder, workdir).items():
+        (place / name).write_bytes(content)
+
+
+def _tokenizer_files(
+    experiment: Experiment, coder: tokenizers.Tokenizer, workdir: str
+) -> dict[str, bytes]:
+    """Returns the tokenizer's files, and those that stood beside it where it was imported."""
+    names, found = (pretrained.MAIN, *pretrained.BESIDE), {}
+    for folder in (workdir, experiment.train.init_from):
+        beside = epath.Path(folder or ".") / TOKENIZER
+        if folder and not found and beside.exists():
+            found = {p.name: p.read_bytes() for p in beside.iterdir()}
+    found |= coder.files()
+    return {name: content for name, content in found.items() if name in names}
 
 
 def _described(

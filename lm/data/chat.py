@@ -1,16 +1,17 @@
 """Chat templates: a conversation written as the text that an instruction-tuned model was taught."""
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from lm.config import ConfigError
 from lm.data.pretrained import CHAT, HuggingFaceTokenizer
-from lm.data.tokenizer import Ids, Tokenizer
+from lm.data.tokenizer import Ids, Pieces, Tokenizer
 
 
-class Chat:
+class Chat(Pieces):
     """A tokenizer whose prompts are what a user says; else the one it is made of.
 
     Raises:
@@ -24,10 +25,18 @@ class Chat:
                 "--chat: the model has no chat template (tokenizer_config.json or "
                 f"{CHAT}); leave --chat out to continue the prompt as text"
             )
+        super().__init__(coder.pieces)
+        self.size, self.eot, self.ends = coder.size, coder.eot, coder.ends
         self._coder, self._template = coder, _compiled(text)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._coder, name)
+    def encode(self, text: str) -> Ids:
+        return self._coder.encode(text)
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        return self._coder.decode(ids)
+
+    def files(self) -> dict[str, bytes]:
+        return self._coder.files()
 
     def prompt(self, text: str) -> Ids:
         """Returns the ids of a conversation that begins with `text`, up to the answer."""

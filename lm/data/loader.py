@@ -45,7 +45,9 @@ Batch: TypeAlias = dict[str, np.ndarray]
 class Data:
     """Which text, how it becomes tokens, and how tokens become examples."""
 
-    source: tuple[str, ...]  # tfds:NAME[/CONFIG][#FIELD], text:GLOB, jsonl:GLOB#FIELD
+    source: tuple[
+        str, ...
+    ]  # tfds:NAME[/CONFIG][#FIELD], text:GLOB, jsonl:GLOB#FIELD[+FIELD]
     weights: tuple[float, ...] = ()  # of the sources, in examples; () goes by size
     split: str = "train"
     length: int = 1024  # tokens of an example

@@ -59,7 +59,7 @@ class HuggingFaceTokenizer(Pieces):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         super().__init__(_pieces(self._tokenizer, json.loads(text), source))
-        self.size = len(self._bytes)
+        self.size = len(self.pieces)
         self._prefixed = self._bytes_of("a").startswith(b" ")
         marks = self._marks()
         self.eot = marks[0]
@@ -98,7 +98,7 @@ class HuggingFaceTokenizer(Pieces):
         return begin + ends
 
     def _bytes_of(self, text: str) -> bytes:
-        return b"".join(self._bytes[i] for i in self.encode(text))
+        return b"".join(self.pieces[i] for i in self.encode(text))
 
     def encode(self, text: str) -> Ids:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids

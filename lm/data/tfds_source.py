@@ -206,8 +206,9 @@ class TfdsPart:
         directory = self.source.directory
         if isinstance(value, bytes):
             value = sources.decode(value, f"{directory} ({self.split}, example {i})")
-        elif names and hasattr(value, "__index__") and 0 <= int(value) < len(names):
-            value = names[int(value)]
+        elif hasattr(value, "__index__") and field != self.source.fields[0]:  # a label
+            number = int(value)
+            value = names[number] if 0 <= number < len(names) else str(number)
         if not isinstance(value, str):
             kind = type(value).__name__
             raise ConfigError(f"{directory}: feature {field!r} is {kind}, not text")

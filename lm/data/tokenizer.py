@@ -69,7 +69,7 @@ class Pieces:
     spare = False  # a model may have more tokens than these
 
     def __init__(self, pieces: list[bytes]) -> None:
-        self._bytes = pieces
+        self.pieces = pieces  # the bytes of every token
         self.token_bytes: Int32[np.ndarray, " vocab"] = np.array(
             [len(p) for p in pieces], np.int32
         )
@@ -80,7 +80,7 @@ class Pieces:
         Raises:
             IndexError: an id outside the vocabulary.
         """
-        return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
+        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
 
     def encode(self, text: str) -> Ids:
         raise NotImplementedError
@@ -163,7 +163,7 @@ class SentencePieceTokenizer(Pieces):
         return piece.replace(_SPACE, " ").encode()
 
     def _bytes_of(self, text: str) -> bytes:
-        return b"".join([self._bytes[i] for i in self._processor.encode(text)])
+        return b"".join([self.pieces[i] for i in self._processor.encode(text)])
 
     def encode(self, text: str) -> Ids:
         if len(text) <= _CHARACTERS and _SPACE not in text:

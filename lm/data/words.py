@@ -17,14 +17,15 @@ from lm.config import ConfigError, nearest
 from lm.data import sources
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
-_INSTALL = "install it with pip install 'lm[classic]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Words:
     lower: bool = False  # lower case
     stop_words: str = ""  # language whose most frequent words are dropped; "" for none
-    stem: str = ""  # language by whose rules words lose their endings; "" for none
+    stem: str = (
+        ""  # language by whose rules words lose endings and capitals; "" for none
+    )
 
     def apply(self, text: str) -> str:
         """Returns the text with its words changed; everything between them stays.
@@ -40,7 +41,7 @@ class Words:
             text = re.sub(r"(?<=\s) +|^ +", "", re.sub(" +", " ", text))
         if self.stem:
             stem = _stemmer(self.stem)
-            text = _WORD.sub(lambda m: stem(m[0]), text)
+            text = _WORD.sub(lambda m: stem(m[0].lower()), text)
         return text
 
 
@@ -50,7 +51,8 @@ def _stop_words(language: str) -> frozenset[str]:
         import stop_words
     except ImportError as error:
         raise ConfigError(
-            f"objective.words.stop_words needs the package stop-words; {_INSTALL}"
+            "objective.words.stop_words needs the package stop-words; install it with "
+            "`pip install stop-words`"
         ) from error
     known = stop_words.AVAILABLE_LANGUAGES
     if language not in known:
@@ -66,7 +68,8 @@ def _stemmer(language: str) -> Callable[[str], str]:
         import snowballstemmer
     except ImportError as error:
         raise ConfigError(
-            f"objective.words.stem needs the package snowballstemmer; {_INSTALL}"
+            "objective.words.stem needs the package snowballstemmer; install it with "
+            "`pip install snowballstemmer`"
         ) from error
     known = snowballstemmer.algorithms()
     if language not in known:

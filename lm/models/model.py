@@ -48,7 +48,8 @@ class Model(nnx.Module):
         dtype: Literal["auto", "float32", "bfloat16"] = (
             "auto"  # of compute; auto: bf16 but on CPU
         )
-        remat: stack.Remat = "none"  # what is recomputed in the backward
+        # What the backward computes again; on stages of a pipeline, of that which it does anyway.
+        remat: stack.Remat = "none"
         scan: bool = True  # compile one layer and loop, or unroll them all
 
         def __post_init__(self) -> None:
@@ -84,6 +85,11 @@ class Model(nnx.Module):
             """Numbers of the layers that have experts."""
             return range(0)
 
+        def compute(self, platform: str) -> jnp.dtype:
+            """Returns the dtype of compute on a platform."""
+            auto = "float32" if platform == "cpu" else "bfloat16"
+            return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
+
         @property
         def vocab_rows(self) -> int:
             """Rows of the embedding and the head: the vocabulary, padded."""
@@ -112,8 +118,7 @@ class Model(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of compute."""
-        auto = "float32" if sharding.current().platform == "cpu" else "bfloat16"
-        return jnp.dtype(auto if self.config.dtype == "auto" else self.config.dtype)
+        return self.config.compute(sharding.current().platform)
 
     def __call__(
         self,

@@ -254,8 +254,8 @@ def _backward(shared: _Run, carry: Any, row: Any) -> Any:
     x = stages.get(carry["kept"], row["b_slot"])
     if shared.poison:
         g = jnp.where(_column(row["b_on"], 3), g, jnp.nan)
-    # Zeros, so that an idle stage's gradient is zero.
-    x, g = (jnp.where(_column(row["b_on"], 3), a, 0) for a in (x, g))
+    # An idle stage's gradient is zero. Its x is one that it kept, or zeros: finite.
+    g = jnp.where(_column(row["b_on"], 3), g, 0)
     d_chunk, g = _stages(shared, backward=True)(
         stages.chunks(shared.stack, row["b_round"]), x, _of_stages(shared, row["b_micro"]),
         row["b_layers"], g, row["b_on"].astype(jnp.float32),

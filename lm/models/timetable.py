@@ -26,11 +26,19 @@ IDLE = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """How microbatches flow through the stages of `mesh.pipe`; unused where that is 1."""
+    """How microbatches flow through the stages of `mesh.pipe`; unused where that is 1.
+
+    A stage's backward computes its chunk again from the kept input, under every schedule; within
+    that, `model.remat` says what is kept of the chunk's layers, and so what is computed a third
+    time. `none` computes least, and holds the layers of one chunk and one microbatch.
+    """
 
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     microbatches: int | None = None  # of each accumulated part; None: 4 for each stage
     rounds: int = 1  # chunks of layers on a stage, for interleaved
+    # When weights stored in shares (mesh.fsdp) are gathered: for every tick (ZeRO-3, least held),
+    # or once a step and held whole with their gradients (the traffic of ZeRO-1, least sent).
+    gather: Literal["tick", "step"] = "tick"
 
     def __post_init__(self) -> None:
         if self.microbatches is not None and self.microbatches < 1:

@@ -187,7 +187,7 @@ def attend(
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
     kv_spec = sharding.spec("batch", "length", "kv_heads", None)
     tokens = sharding.spec("batch", "length")
-    lse = (
+    lse_spec = (
         ()
         if chosen == "splash"
         else (sharding.spec("batch", "kv_heads", None, "length"),)
@@ -199,9 +199,9 @@ def attend(
         kv_tokens.positions,
         kv_tokens.segments,
     )
-    call = manual.manual(body, ins, (q_spec, *lse), "attention")
+    call = manual.manual(body, ins, (q_spec, *lse_spec), "attention")
     out = call(q_BTKGH, k_BSKH, v_BSKH, *ids)
-    return out[0], out[1] if lse else None
+    return out[0], out[1] if lse_spec else None
 
 
 def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg):

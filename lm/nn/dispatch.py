@@ -179,7 +179,8 @@ def choose(
             parts = score.reshape(*score.shape[:-1], groups.count, -1)
             of_group = lax.top_k(parts, groups.best)[0].sum(-1)
             kept = lax.top_k(of_group, groups.keep)[1]
-            there = (kept[..., None] == jnp.arange(groups.count)).any(-2)
+            each = lax.broadcasted_iota(kept.dtype, (1, 1, 1, groups.count), 3)
+            there = (kept[..., None] == each).any(-2)
             parts = jnp.where(there[..., None], parts, -jnp.inf)
             score = parts.reshape(score.shape)
         return lax.top_k(score, choices)[1]

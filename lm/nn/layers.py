@@ -25,10 +25,12 @@ class RmsNorm(nnx.Module):
             0.0  # added to the learned scale (Gemma: 1, its scales are around 0)
         )
 
+        def __post_init__(self) -> None:
+            if self.offset not in (0.0, 1.0):
+                raise ConfigError(f"model.norm.offset={self.offset}: expected 0 or 1")
+
     def __init__(self, config: Config, dim: int, axis: str, rngs: nnx.Rngs):
         self.eps, self.offset = config.eps, config.offset
-        if config.offset not in (0.0, 1.0):
-            raise ConfigError(f"norm offset={config.offset}: expected 0 or 1")
         std = 0.0 if config.offset else None
         self.scale_d = param(rngs, (dim,), (axis,), std)
 

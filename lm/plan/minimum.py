@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from lm import config, gradients, sharding
+from lm import config, gathering, gradients, sharding
 from lm.config import ConfigError
 from lm.models.transformer import Transformer
 from lm.nn.attend import Case
@@ -106,11 +106,14 @@ class _Count:
         ffns = prog.computed("ffn")
         self.sparse = sum(isinstance(c, Moe.Config) for c in ffns)
         self.dense = len(ffns) - self.sparse
-        self.again = (
-            self.model.remat != "none" or prog.staged
-        )  # the forward, to go back
+        # How often a layer's forward is run again to go back: by a stage whatever the policy, and
+        # with one twice, but for the last layer of a chunk: that one's output is not needed.
+        kept = self.model.remat == "none"
+        self.before = 1 - 1 / prog.places.shape[-1] if prog.staged else 0.0
+        self.again = 1.0 if prog.staged and kept else self.before + (not kept)
         # Mesh axes whose devices have gradients of their own until the end of the step.
         self.mapped = self.layout.axes("replica") if gradients.apart(prog) else ()
+        self.held = self.layout.axes("embed") if prog.whole else ()
 
     def term(
         self, what: str, kind: str, axes: tuple[str, ...], operand: float, times: float
@@ -149,10 +152,16 @@ class _Count:
         """ZeRO-3: what is stored in parts is gathered where it is used, in the dtype of compute.
 
         A layer's weights once forward and, where the forward is run again, once backward; the
-        embedding's once for the lookup and once for the head, whose one pass is both.
+        embedding's once for the lookup and once for the head, whose one pass is both. Of a pipeline
+        with `gather=step`, all once.
         """
         for path, axes in self.prog.axes.items():
             over = tuple(a for a in self._split(path) if a in sharding.GATHERED)
+            if self.held:
+                sent, _ = gathering.dtypes(self.prog, path)
+                whole = self._whole(path, over) * sent.itemsize
+                yield self.term("weights: step", "all-gather", over, whole, 1)
+                continue
             item = FP32 if "choice" in axes else self.item  # routers decide in fp32
             for use, part in self._uses(path):
                 times = {
@@ -166,8 +175,9 @@ class _Count:
     def gradients(self) -> Iterable[Term]:
         """A gradient is reduced once for each backward over the axes that split tokens: to the
         shares that are stored (a reduce-scatter), or whole; over data only once a step, in fp32,
-        where replicas add up apart (`lm.gradients.apart`). Else in the dtype of compute, the
-        head's in fp32; of a tied embedding lookup and head have one gradient, the head's.
+        where replicas add up apart (`lm.gradients.apart`), and so to the shares of a pipeline with
+        `gather=step`. Else in the dtype of compute, the head's in fp32; of a tied embedding lookup
+        and head have one gradient, the head's.
         """
         tokens = self.layout.axes("batch") + self.layout.axes("length")
         for path, axes in self.prog.axes.items():
@@ -177,6 +187,10 @@ class _Count:
                 continue  # norms, biases
             split = self._split(path)
             here = self.layout.axes("dispatched") if "expert" in axes else tokens
+            here = tuple(a for a in here if a not in self.held)
+            once = self._whole(path, self.held) * FP32
+            over = tuple(a for a in self.held if a in split)
+            yield self.term("gradients: step", "reduce-scatter", over, once, 1)
             parts = tuple(a for a in here if a in split)
             rest = tuple(a for a in here if a not in split and a not in self.mapped)
             use, part = self._uses(path)[-1]
@@ -208,8 +222,8 @@ class _Count:
         again = self.again * back  # inputs are gathered again
         for operand, count, more in (
             (self.act, self.mixers, outs),
-            (self.act, self.dense, 0),
-            (self._routed(), self.sparse, 0),
+            (self.act, self.dense, self.before * back * self.dense),
+            (self._routed(), self.sparse, self.before * back * self.sparse),
         ):
             sums = (forward + back) * count + more
             if not split:
@@ -219,7 +233,7 @@ class _Count:
             gathers = (forward + again + back) * count
             yield self.term("tensor: layers", "all-gather", over, operand, gathers)
 
-    def _repeated(self, what: str) -> int:
+    def _repeated(self, what: str) -> float:
         """How often a part is formed again, in a recomputed layer or in a stage's backward."""
         formed = {
             "none": (),
@@ -228,7 +242,9 @@ class _Count:
             "full": ("attention", "keys"),
             "offload": ("attention", "keys"),
         }[self.model.remat]
-        again = self.prog.staged or what in formed
+        again = self.before + (what in formed)
+        if self.prog.staged and self.model.remat == "none":
+            again = 1.0
         return self.passes.backward * self.mixers * again
 
     def head(self) -> Iterable[Term]:

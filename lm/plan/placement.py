@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import jax
 
-from lm import sharding
+from lm import gathering, sharding
 from lm.program import Program
 from lm.train import TrainState
 
@@ -17,12 +17,21 @@ def lines(prog: Program, state: TrainState) -> list[str]:
     whole = {
         "parameters": _held(state.params),
         "optimizer": _held(state.opt_state) + _held(state.ema),
-        "gradients": sum(
-            _bytes(prog, path) for path in prog.shapes
-        ),  # fp32, as the parameters
+        "gradients": sum(_working(prog, path) for path in prog.shapes) * 4,  # fp32
     }
+    if gathered := gathered_bytes(prog):
+        whole["weights gathered for a step"] = gathered
     parts = ", ".join(f"{name} {_size(n)}" for name, n in whole.items())
     return [f"a device holds: {parts}", *_by_axis(prog), *copies(prog)]
+
+
+def gathered_bytes(prog: Program) -> int:
+    """Returns the bytes of the weights that a device holds gathered (`pipeline.gather=step`)."""
+    return sum(
+        _working(prog, path) * gathering.dtypes(prog, path)[1].itemsize
+        for path, spec in prog.working.items()
+        if spec != prog.specs[path]
+    )
 
 
 def copies(prog: Program) -> list[str]:
@@ -68,6 +77,12 @@ def _could_split(prog: Program, path: str, n: int) -> bool:
 def _local(prog: Program, path: str) -> tuple[int, ...]:
     place = prog.sharding(prog.specs[path])
     return place.shard_shape(prog.shapes[path].shape)
+
+
+def _working(prog: Program, path: str) -> int:
+    """Entries of a parameter that a device computes with."""
+    place = prog.sharding(prog.working[path])
+    return math.prod(place.shard_shape(prog.shapes[path].shape))
 
 
 def _bytes(prog: Program, path: str) -> int:

@@ -122,5 +122,5 @@ def _several(hypotheses: Sequence[str], references: References) -> list[Sequence
 
 def _missing(what: str, package: str) -> ConfigError:
     return ConfigError(
-        f"{what} needs the package {package}; install it with pip install 'lm[metrics]'"
+        f"{what} needs the package {package}; install it with `pip install {package}`"
     )

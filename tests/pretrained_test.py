@@ -1,0 +1,55 @@
+"""Tokenizers of Hugging Face give text back exactly; chat templates reach nothing else."""
+
+import families_hf
+import pytest
+import toy
+from etils import epath
+
+from lm.data import chat, pretrained
+from lm.data import tokenizer as tokenizers
+
+pytest.importorskip(
+    "tokenizers", reason="tokenizer.json needs the extra hf: tokenizers"
+)
+pytest.importorskip("jinja2", reason="templates need the extra hf: jinja2")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = epath.Path(tmp_path_factory.mktemp("tokenizer"))
+    families_hf.write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("text", families_hf.TEXTS)
+def test_text_comes_back_and_every_byte_is_counted(source, text):
+    coder = tokenizers.load(pretrained.HuggingFace(path=str(source)))
+    ids = coder.encode(text)
+    assert coder.decode(ids) == text
+    assert coder.token_bytes[ids].sum() == len(text.encode())
+    assert not {0, 1} & set(ids.tolist())
+    again = tokenizers.from_files(coder.files())
+    assert again.fingerprint == coder.fingerprint
+    assert (again.eot, again.ends, again.size) == (1, (1,), 259)
+    assert coder.prompt("a").tolist() == [1, *coder.encode("a")]
+
+
+def test_a_conversation_is_written_by_the_template(source):
+    coder = chat.Chat(tokenizers.load(pretrained.HuggingFace(path=str(source))))
+    ids = coder.prompt("ab").tolist()
+    plain = lambda text: coder.encode(text).tolist()  # noqa: E731
+    assert ids == [0, *plain("user: ab"), 1, 0, *plain("assistant: ")]
+    with toy.refused("--chat", "none"):
+        coder.conversation([{"role": "system", "content": "x"}])
+    with toy.refused("no chat template"):
+        chat.Chat(tokenizers.ByteTokenizer())
+
+
+def test_a_template_reaches_nothing_of_the_program(source):
+    text = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    folder = tokenizers.load(pretrained.HuggingFace(path=str(source))).files()
+    coder = pretrained.HuggingFaceTokenizer(
+        {**folder, "chat_template.jinja": text.encode()}
+    )
+    with toy.refused("--chat", "unsafe"):
+        chat.Chat(coder).prompt("x")
