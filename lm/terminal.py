@@ -42,6 +42,7 @@ def describe(kind: str, step: int, values: Mapping[str, Any]) -> str:
         "loss": lambda v: f"loss {v:.4f}",
         "perplexity": lambda v: f"perplexity {v:.2f}",
         "bits_per_byte": lambda v: f"{v:.3f} bits/byte",
+        "macro_f1": lambda v: f"macro F1 {v:.4f}",
         "grad_norm": lambda v: f"grad norm {v:.3g}",
         "learning_rate": lambda v: f"lr {v:.3g}",
         "tokens_per_second": lambda v: f"{human(v)} tok/s",

@@ -54,6 +54,17 @@ def test_tokens_see_both_sides_and_no_other_document():
     np.testing.assert_array_equal(moved, host["segments"] == 1)
 
 
+def test_padding_is_not_seen_where_rows_are_one_segment():
+    prog = toy.program(*WORDS, "data.isolate=false", "data.packing=windows")
+    params, run, host = toy.start(prog, noise=0.3).params, toy.hidden(prog), toy.batch()
+    host["segments"] = np.minimum(host["segments"], 1)
+    other = np.where(host["segments"] > 0, host["tokens"], 7)
+    (before, _), (after, _) = run(params, host), run(params, {**host, "tokens": other})
+    there = host["segments"] > 0
+    assert 0 < (~there).sum()
+    np.testing.assert_array_equal(before[there], after[there])
+
+
 @pytest.mark.parametrize("kind", MESHES)
 def test_every_mesh_has_the_loss_and_gradient_of_float64(kind):
     for mesh in MESHES[kind]:

@@ -120,10 +120,12 @@ class Attention(nnx.Module):
             softcap=self.config.softcap,
             ordered=cache is None,
         )
+        # Without packing a causal query never meets the padding at a row's end; others do.
+        packed = side.packed or cache is not None or not self.config.causal
         y_BTKGH, lse_BKGT = attend.attend(
             q, k.astype(q.dtype), v.astype(q.dtype), side.tokens, kv_tokens, mask,
             self.config.implementation if cache is None else "auto",
-            side.packed or cache is not None, self.config.context, self.config.sinks,
+            packed, self.config.context, self.config.sinks,
         )  # fmt: skip
         if self.config.sinks:
             y_BTKGH = self._less_sinks(y_BTKGH, lse_BKGT)
