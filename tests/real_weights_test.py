@@ -37,11 +37,10 @@ def main(mode, workdir, *more):
 
 @pytest.mark.timeout(900)
 def test_its_perplexity_on_moby_dick_is_as_measured(workdir, tmp_path):
-    """Chapter 1 in one piece after <|im_end|>, which its tokenizer names as the end of a text.
+    """Chapter 1 in one piece: 2859 tokens after <|im_end|>, and <|im_end|> again; 12262 bytes.
 
-    2859 tokens, 12262 bytes. The text alone, from its second token on, gives 52.89; after <|im_start|>
-    it is 53.03.
-    """  # noqa: E501
+    Without the mark at the end it is 53.06 (1.336 bits a byte); after <|im_start|> instead, 53.03.
+    """
     lines = lzma.decompress(TEXT.read_bytes()).decode().splitlines()
     documents = [json.loads(line) for line in lines]
     (text,) = (
@@ -55,9 +54,9 @@ def test_its_perplexity_on_moby_dick_is_as_measured(workdir, tmp_path):
     result = main("eval", workdir, *(f"--set={k}={v}" for k, v in sets.items()))
     assert result.code == 0, result.err
     found = json.loads(result.out)
-    assert found["tokens"] == 2859
-    assert found["perplexity"] == pytest.approx(53.06, abs=0.05)
-    assert found["bits_per_byte"] == pytest.approx(1.336, abs=0.001)
+    assert found["tokens"] == 2860
+    assert found["perplexity"] == pytest.approx(53.35, abs=0.05)
+    assert found["bits_per_byte"] == pytest.approx(1.338, abs=0.001)
 
 
 def test_it_answers(workdir):
