@@ -1,9 +1,10 @@
 """Every way to place eight devices on the six axes gives the maths of one device.
 
 `make mesh-matrix` runs all of it and writes docs/mesh-matrix.md; it takes a quarter of an hour on
-two idle cores, so `make test` leaves it out (tests/mesh_equality_test.py holds a part of it). Placements are
-crossed with schedules, accumulation, dropout, remat and experts by turns, not all with all. The
-measure is that of tests/mesh_equality_test.py: errors against float64, next to one device's.
+two idle cores, so `make test` leaves it out (tests/mesh_equality_test.py holds a part of it).
+Placements are crossed with schedules, accumulation, dropout, remat and experts by turns, not all
+with all. The measure is that of tests/mesh_equality_test.py: errors against float64, next to one
+device's.
 """
 
 import functools
