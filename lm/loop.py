@@ -29,6 +29,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.log import Log, due
 from lm.lookout import Lookout
+from lm.nn.attention import Attention
+from lm.nn.latent import Latent
 from lm.plan import placement
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
@@ -348,8 +350,21 @@ def _describe(prog: Program) -> str:
     of = "" if mesh.size == len(devices) else f" of {len(devices)}"
     return (
         f"{prog.experiment.name}: {count / 1e6:.1f} M parameters on {mesh.size}{of} "
-        f"{devices[0].device_kind} ({axes or 'one device'})"
+        f"{devices[0].device_kind} ({axes or 'one device'}){_attention(prog)}"
     )
+
+
+def _attention(prog: Program) -> str:
+    """How attention is computed, in each kind of layer that has it."""
+    model, layout = prog.experiment.model, prog.layout
+    dtype = str(model.compute(layout.platform))
+    length, packed = prog.experiment.data.length, prog.packed
+    found = dict.fromkeys(
+        block.mixer.how(layout, length, block.dim // block.heads, dtype, packed)
+        for block in model.blocks
+        if isinstance(block.mixer, Attention.Config | Latent.Config)
+    )
+    return f", attention: {' and '.join(found)}" if found else ""
 
 
 def _flow(prog: Program) -> str:

@@ -17,6 +17,7 @@ import toy
 from lm import sharding
 from lm.config import ConfigError
 from lm.nn import attend, blockwise, quadratic
+from lm.nn.attention import Attention
 from lm.nn.blockwise import Mask, Tokens
 
 B, T, K, H = 3, 24, 2, 8
@@ -317,3 +318,17 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     want, want_lse = plain(q, k, v, tokens, tokens)
     np.testing.assert_allclose(out, want.reshape(out.shape), atol=1e-5)
     np.testing.assert_allclose(lse, want_lse.reshape(lse.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "length", "said"),
+    [
+        ({"data": 1}, 64, "einsum"),
+        ({"data": 1}, 2048, "blockwise"),
+        ({"data": 1, "seq": 2}, 2048, "blockwise by gather"),
+        ({"data": 1, "seq": 2}, 16384, "blockwise by ring"),
+    ],
+)
+def test_a_run_can_say_how_attention_is_computed(mesh, length, said):
+    layout = toy.layout(sharding.MeshConfig(**mesh))
+    assert Attention.Config().how(layout, length, 64, "float32", True) == said

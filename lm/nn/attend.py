@@ -145,6 +145,33 @@ class Case:
         return "gather" if self.keys <= GATHERED else "ring"
 
 
+def planned(
+    layout: sharding.Layout,
+    length: int,
+    head_dim: int,
+    dtype: str,
+    packed: bool,
+    mask: Mask,
+    asked: Implementation,
+    context: Context,
+    lse: bool,
+) -> str:
+    """Returns in words how `attend` computes rows of `length` tokens, without a cache."""
+    case = Case(
+        platform=layout.platform,
+        queries=length,
+        keys=length,
+        head_dim=head_dim,
+        dtype=dtype,
+        packed=packed,
+        mask=mask,
+        shards=layout.size("length"),
+        lse=lse,
+    )
+    chosen = case.choose(asked)
+    return chosen if case.shards == 1 else f"{chosen} by {case.share(context)}"
+
+
 def attend(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BSKH: Float[Array, "B S K H"],

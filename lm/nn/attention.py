@@ -61,6 +61,26 @@ class Attention(nnx.Module):
                         f"model.attention.{name}={value}: expected above 0"
                     )
 
+        def mask(self, head_dim: int, ordered: bool = True) -> Mask:
+            """Returns what a query sees, and how scores are formed."""
+            return Mask(
+                scale=self.scale or head_dim**-0.5,
+                causal=self.causal,
+                window=self.window,
+                softcap=self.softcap,
+                ordered=ordered,
+            )
+
+        def how(
+            self, layout: sharding.Layout, length: int, head_dim: int, dtype: str, packed: bool
+        ) -> str:  # fmt: skip
+            """Returns in words how rows of `length` tokens are computed."""
+            H = self.head_dim or head_dim
+            return attend.planned(
+                layout, length, H, dtype, packed or not self.causal, self.mask(H),
+                self.implementation, self.context, self.sinks,
+            )  # fmt: skip
+
     def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,
                  out_std: float, norm: RmsNorm.Config, rngs: nnx.Rngs,
                  rope: int = 0):  # fmt: skip
@@ -113,13 +133,7 @@ class Attention(nnx.Module):
             )
             assert side.cached is not None, "a cache comes with the tokens in it"
             cache, kv_tokens = (k, v), side.cached
-        mask = Mask(
-            scale=self.config.scale or self.head_dim**-0.5,
-            causal=self.config.causal,
-            window=self.config.window,
-            softcap=self.config.softcap,
-            ordered=cache is None,
-        )
+        mask = self.config.mask(self.head_dim, ordered=cache is None)
         # Without packing a causal query never meets the padding at a row's end; others do.
         packed = side.packed or cache is not None or not self.config.causal
         y_BTKGH, lse_BKGT = attend.attend(

@@ -58,6 +58,21 @@ class Latent(nnx.Module):
             """Entries of a head's queries and keys."""
             return self.plain_dim + self.rope_dim
 
+        def mask(self, ordered: bool = True) -> Mask:
+            """Returns what a query sees, and how scores are formed."""
+            return Mask(scale=self.scale or self.head_dim**-0.5, ordered=ordered)
+
+        def how(
+            self, layout: sharding.Layout, length: int, head_dim: int, dtype: str, packed: bool
+        ) -> str:  # fmt: skip
+            """Returns in words how rows of `length` tokens are computed."""
+            del head_dim
+            width = max(self.head_dim, self.value_dim)
+            return attend.planned(
+                layout, length, width, dtype, packed, self.mask(), self.implementation,
+                self.context, False,
+            )  # fmt: skip
+
     def __init__(
         self,
         config: Config,
@@ -183,10 +198,7 @@ class Latent(nnx.Module):
         return jnp.einsum("btnc,cnv->btnv", y, weight(self.value_cnv, dtype))
 
     def _attend(self, q, k, v, side: Side, kv_tokens, implementation, packed) -> Array:
-        mask = Mask(
-            scale=self.config.scale or self.config.head_dim**-0.5,
-            ordered=kv_tokens is side.tokens,
-        )
+        mask = self.config.mask(ordered=kv_tokens is side.tokens)
         y, _ = attend.attend(
             q, k, v, side.tokens, kv_tokens, mask, implementation, packed, self.config.context
         )  # fmt: skip
