@@ -134,6 +134,15 @@ def test_only_experts_send_all_to_all(mesh):
     assert "ragged-all-to-all" not in kinds
 
 
+def test_without_drops_tokens_move_by_ragged_all_to_all():
+    """To the experts and back, forward and backward; XLA's CPU backend has none to test."""
+    sets = [*MODEL, *MOE, "model.ffn.dispatch=Dropless", "model.layers=1"]
+    chosen = config.override(toy.BASE, sets)
+    prog = program(chosen, topology.sharding.make_layout(chosen.mesh, DEVICES))
+    text = communication.compiled(prog).as_text()
+    assert text.count(" ragged-all-to-all-start(") == 4
+
+
 @pytest.mark.parametrize("mesh", ["data 8", "data 8, accumulate 4", "seq 8, ring"])
 def test_no_gradient_is_reduced_twice(mesh):
     """Entries reduced are those of the parameters, an embedding that is also the head once."""
