@@ -92,7 +92,13 @@ def test_one_device_trains_as_float64_does():
         ), path
 
 
-@pytest.mark.parametrize("mesh", toy.MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(m, marks=pytest.mark.slow) if "gpipe" in m else m
+        for m in toy.MESHES
+    ],
+)
 def test_losses_gradients_and_five_steps_are_those_of_one_device(mesh):
     """Under SGD, whose steps are as smooth as the gradient."""
     run, one = trained(mesh, *SGD), trained(ONE, *SGD)

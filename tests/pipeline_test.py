@@ -109,6 +109,8 @@ def plain(sets):
 
 SLOW = (
     "interleaved, fsdp",
+    "interleaved, experts, gathered once, accumulated",
+    "1f1b, experts after dense layers",
     "interleaved, dropless experts, fsdp",
     "1f1b, fewer microbatches than stages",
     "interleaved, dense and experts, no two stages alike",
@@ -198,6 +200,7 @@ def test_under_1f1b_only_ids_grow_with_the_microbatches():
     assert gpipe >= activation
 
 
+@pytest.mark.slow
 def test_remat_is_honoured_inside_a_stage():
     """A chunk of four layers keeps their inputs, or all that their backward needs."""
     none = memory("1f1b", 2, *EIGHT, "model.remat=none")

@@ -75,6 +75,7 @@ def test_two_processes_train_as_one_and_stop_and_resume_together(tmp_path):
     assert len(mine) == stopped + 4
 
 
+@pytest.mark.slow
 def test_a_row_may_be_split_over_processes(tmp_path):
     """Each reads whole rows and keeps its chunks; keys and values travel between them."""
     changed = {"mesh.seq": 4, "model.attention.context": "ring", "train.steps": 4}

@@ -88,7 +88,7 @@ def test_a_sample_depends_on_no_neighbour():
     assert together[0] != together[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
 def test_every_mesh_has_the_loss_and_gradient_of_float64(kind):
     for mesh in MESHES[kind]:
         prog = toy.program(*KINDS[kind], *toy.MESHES[mesh])

@@ -130,7 +130,15 @@ def test_resumed_on_another_mesh_and_back_the_losses_agree(copied, whole):
             {"mesh.fsdp": 4, "mesh.tensor": 2, "mesh.zero1": "true"},
             marks=pytest.mark.slow,
         ),
-        {"mesh.pipe": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "pipeline.microbatches": 2},
+        pytest.param(
+            {
+                "mesh.pipe": 2,
+                "mesh.fsdp": 2,
+                "mesh.tensor": 2,
+                "pipeline.microbatches": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
         {"mesh.seq": 4, "mesh.fsdp": 2, "model.attention.context": "ring"},
     ],
     ids=["fsdp", "pipe", "seq"],
@@ -214,6 +222,7 @@ def test_what_may_change_is_changed_and_reported(copied):
     assert records[6]["tokens"] - records[5]["tokens"] == 16 * 32
 
 
+@pytest.mark.slow
 def test_a_growing_batch_is_resumed_in_the_middle(tmp_path):
     changed = {"train.batch_ramp": "((3,2),(7,4))"}
     assert runs.small(tmp_path / "a", changed).code == loop.DONE

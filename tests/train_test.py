@@ -317,6 +317,8 @@ def test_every_experiment_fits_its_production_mesh(name):
             "bytes": ((B,), jnp.int32),
             "index": ((B,), jnp.uint32),
         }
+        if getattr(chosen.objective, "labels", ()):  # a row has one target
+            shapes |= {"targets": ((B,), jnp.int32), "weights": ((B,), jnp.float32)}
         batch_spec = prog.batch_sharding().spec
         batch = {
             k: jax.ShapeDtypeStruct(
