@@ -286,7 +286,7 @@ class Experiment:
         )
         if shards > 1 and isinstance(self.model, Recurrent.Config):
             raise ConfigError(
-                f"mesh.seq={shards}: a recurrent layer reads a row from its begin to its end, so "
+                f"mesh.seq={shards}: a recurrent layer reads a row from beginning to end, so "
                 "devices cannot share one; set mesh.seq=1 and use mesh.data, fsdp or tensor"
             )
         if shards > 1:

@@ -32,7 +32,7 @@ def program(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_document_is_what_it_is_alone(kind):
-    """Each document of a row has the states that it has at the begin of a row of its own."""
+    """Each document of a row has the states that it has at the beginning of a row of its own."""
     prog, params = program(kind)
     host = toy.batch()
     run = toy.hidden(prog)
