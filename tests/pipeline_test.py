@@ -282,6 +282,7 @@ def test_kinds_that_differ_between_stages_are_both_computed(sets, ffns, rows):
         assert prog.rows(path).shape == (4, 1, n)
 
 
+@pytest.mark.slow
 def test_initialisation_is_that_of_one_device():
     mixed = [*EXPERTS, *FIRST, *FIVE]
     for model, sets in (
