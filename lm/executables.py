@@ -51,18 +51,15 @@ def ready(
     path = _path(args, devices, made_from)
     if path is None:
         return compiled()
-    try:
+    # Damaged, not for this machine, out of reach: whatever is wrong, it is made anew.
+    with contextlib.suppress(Exception):
         return _load(path, devices)
-    except FileNotFoundError:
-        pass
-    except Exception:  # damaged, or not for this machine: it is made anew
-        path.unlink(missing_ok=True)
     with _events() as seen:
         executable = compiled()
     if HIT in seen:
         return executable  # one that was read cannot be written: XLA leaves its kernels out
     # A full disk, or a backend that cannot: the next start compiles again.
-    with contextlib.suppress(OSError, ValueError, pickle.PicklingError):
+    with contextlib.suppress(Exception):
         _keep(path, executable)
     return executable
 
@@ -140,7 +137,8 @@ def _load(path: pathlib.Path, devices: Sequence[Any]) -> Callable[..., Any]:
     executable = serialize_executable.deserialize_and_load(
         payload, in_tree, out_tree, devices[0].client, devices
     )
-    os.utime(path)  # used, so not among the oldest
+    with contextlib.suppress(OSError):  # a cache that others share may be read-only
+        os.utime(path)  # used, so not among the oldest
     return executable
 
 

@@ -29,6 +29,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.log import Log, due
 from lm.lookout import Lookout
+from lm.nn import attend
 from lm.nn.attention import Attention
 from lm.nn.latent import Latent
 from lm.plan import placement
@@ -357,10 +358,15 @@ def _describe(prog: Program) -> str:
 def _attention(prog: Program) -> str:
     """How attention is computed, in each kind of layer that has it."""
     model, layout = prog.experiment.model, prog.layout
-    dtype = str(model.compute(layout.platform))
-    length, packed = prog.experiment.data.length, prog.packed
+    row = attend.Row(
+        platform=layout.platform,
+        length=prog.experiment.data.length,
+        dtype=str(model.compute(layout.platform)),
+        packed=prog.packed,
+        shards=layout.size("length"),
+    )
     found = dict.fromkeys(
-        block.mixer.how(layout, length, block.dim // block.heads, dtype, packed)
+        block.mixer.how(row, block.dim // block.heads)
         for block in model.blocks
         if isinstance(block.mixer, Attention.Config | Latent.Config)
     )

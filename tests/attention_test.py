@@ -330,5 +330,8 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     ],
 )
 def test_a_run_can_say_how_attention_is_computed(mesh, length, said):
-    layout = toy.layout(sharding.MeshConfig(**mesh))
-    assert Attention.Config().how(layout, length, 64, "float32", True) == said
+    shards = toy.layout(sharding.MeshConfig(**mesh)).size("length")
+    row = attend.Row(
+        platform="cpu", length=length, dtype="float32", packed=True, shards=shards
+    )
+    assert Attention.Config().how(row, 64) == said

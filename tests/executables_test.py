@@ -116,3 +116,14 @@ def test_a_state_and_a_step_from_disk_are_bitwise_the_same(cache):
         results.append(jax.device_get((state, metrics)))
     assert len(list(cache.iterdir())) == 2
     jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_a_backend_that_cannot_keep_them_trains_nevertheless(cache, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("PjRt: serialization is not implemented")
+
+    monkeypatch.setattr(executables.serialize_executable, "serialize", refuse)
+    double, compiled = _double((jnp.arange(6.0),))
+    assert compiled
+    np.testing.assert_array_equal(double(jnp.ones(6)), 2)
+    assert not cache.exists() or not list(cache.iterdir())

@@ -233,6 +233,23 @@ def whole(model: Transformer.Config) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def dense(
+    f: Fields, attention: Attention.Config, bias: bool = False, **more: Any
+) -> Transformer.Config:
+    """Reads a decoder whose layers are all attention and an MLP, with or without biases."""
+    return Transformer.Config(
+        **sizes(f),
+        attention=attention,
+        ffn=Mlp.Config(
+            hidden=f.get("intermediate_size", int), activation=activation(f), bias=bias
+        ),
+        norm=norm(f),
+        positions=rope(f),
+        tied=f.get("tie_word_embeddings", bool, False),
+        **more,
+    )
+
+
 def dense_layer(model: Transformer.Config, i: int) -> tuple[Row, ...]:
     """Returns the rows of a layer with norms before attention and feed-forward."""
     at = f"model.layers.{i}."

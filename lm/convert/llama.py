@@ -15,22 +15,9 @@ def _read(f: Fields) -> Transformer.Config:
     f.only("rope_interleaved", False, default=False)
     f.skip("is_llama_config")
     bias = f.get("attention_bias", bool, False)
-    ffn = Mlp.Config(
-        hidden=f.get("intermediate_size", int),
-        activation=decoder.activation(f),
-        bias=f.get("mlp_bias", bool, False),
-    )
-    attention = Attention.Config(
-        head_dim=f.get("head_dim", int, 0) or None, bias=bias, out_bias=bias
-    )
-    return Transformer.Config(
-        **decoder.sizes(f),
-        attention=attention,
-        ffn=ffn,
-        norm=decoder.norm(f),
-        positions=decoder.rope(f),
-        tied=f.get("tie_word_embeddings", bool, False),
-    )
+    head_dim = f.get("head_dim", int, 0) or None
+    attention = Attention.Config(head_dim=head_dim, bias=bias, out_bias=bias)
+    return decoder.dense(f, attention, bias=f.get("mlp_bias", bool, False))
 
 
 def _write(model: Transformer.Config) -> dict[str, Any]:
@@ -43,20 +30,9 @@ def _write(model: Transformer.Config) -> dict[str, Any]:
 
 
 def _read_mistral(f: Fields) -> Transformer.Config:
-    attention = Attention.Config(
-        head_dim=f.get("head_dim", int, 0) or None,
-        window=f.optional("sliding_window", int, 4096),
-    )
-    return Transformer.Config(
-        **decoder.sizes(f),
-        attention=attention,
-        ffn=Mlp.Config(
-            hidden=f.get("intermediate_size", int), activation=decoder.activation(f)
-        ),
-        norm=decoder.norm(f),
-        positions=decoder.rope(f),
-        tied=f.get("tie_word_embeddings", bool, False),
-    )
+    head_dim = f.get("head_dim", int, 0) or None
+    window = f.optional("sliding_window", int, 4096)
+    return decoder.dense(f, Attention.Config(head_dim=head_dim, window=window))
 
 
 def _write_mistral(model: Transformer.Config) -> dict[str, Any]:

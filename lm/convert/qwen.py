@@ -7,7 +7,6 @@ from lm.convert.family import Family
 from lm.convert.fields import Fields
 from lm.models.transformer import Local, Transformer
 from lm.nn.attention import Attention
-from lm.nn.ffn import Mlp
 
 
 def local(f: Fields, layers: int) -> Local | None:
@@ -36,18 +35,7 @@ def write_local(model: Transformer.Config) -> dict[str, Any]:
 
 
 def _dense(f: Fields, attention: Attention.Config) -> Transformer.Config:
-    sizes = decoder.sizes(f)
-    return Transformer.Config(
-        **sizes,
-        attention=attention,
-        ffn=Mlp.Config(
-            hidden=f.get("intermediate_size", int), activation=decoder.activation(f)
-        ),
-        norm=decoder.norm(f),
-        positions=decoder.rope(f),
-        local=local(f, sizes["layers"]),
-        tied=f.get("tie_word_embeddings", bool, False),
-    )
+    return decoder.dense(f, attention, local=local(f, f.get("num_hidden_layers", int)))
 
 
 def _read2(f: Fields) -> Transformer.Config:

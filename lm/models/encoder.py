@@ -39,11 +39,7 @@ class Encoder(Model):
             super().__post_init__()
             self._check_size("heads")
             self._check_size("types")
-            if self.attention.head_dim is None and self.dim % self.heads:
-                raise ConfigError(
-                    f"model.dim={self.dim} is not divisible by model.heads={self.heads}; set "
-                    "model.attention.head_dim, or another dim"
-                )
+            self._check_heads(self.heads, self.attention.head_dim)
             if self.attention.causal:
                 raise ConfigError(
                     "model.attention.causal=true: an encoder sees both sides; set it to false, or "
@@ -57,17 +53,11 @@ class Encoder(Model):
         @property
         def blocks(self) -> tuple[stack.Block.Config, ...]:
             """Every layer's config."""
-            block = stack.Block.Config(
-                dim=self.dim,
+            block = self._block_of(
                 heads=self.heads,
                 kv_heads=self.heads,
-                layers=self.layers,
                 mixer=self.attention,
                 ffn=self.ffn,
-                norm=self.norm,
-                norms=self.norms,
-                dropout=self.dropout,
-                init_std=self.init_std,
             )
             return (block,) * self.layers
 
@@ -91,7 +81,7 @@ class Encoder(Model):
 
     @property
     def _ends_in_norms(self) -> bool:
-        """Whether the layers' last norm is the model's, which then has its own at the begin."""
+        """Whether the layers' last norm is the model's, which then has its own at the beginning."""
         return self.config.norms == "post"
 
     def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

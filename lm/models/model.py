@@ -70,10 +70,29 @@ class Model(nnx.Module):
                     f"model.{name}={getattr(self, name)}: expected 1 to {most}"
                 )
 
+        def _check_heads(self, heads: int, head_dim: int | None) -> None:
+            if head_dim is None and self.dim % heads:
+                raise ConfigError(
+                    f"model.dim={self.dim} is not divisible by model.heads={heads}; set "
+                    "model.attention.head_dim, or another dim"
+                )
+
         @property
         def blocks(self) -> tuple[stack.Block.Config, ...]:
             """Every layer's config; equal ones are stacked, see `stack.build`."""
             raise NotImplementedError
+
+        def _block_of(self, **parts: Any) -> stack.Block.Config:
+            """Returns a layer's config: its parts, and what all models give every layer."""
+            return stack.Block.Config(
+                dim=self.dim,
+                layers=self.layers,
+                norm=self.norm,
+                norms=self.norms,
+                dropout=self.dropout,
+                init_std=self.init_std,
+                **parts,
+            )
 
         @property
         def learned(self) -> Learned | None:

@@ -25,14 +25,4 @@ class Recurrent(Model):
         @property
         def blocks(self) -> tuple[stack.Block.Config, ...]:
             """Every layer's config."""
-            block = stack.Block.Config(
-                dim=self.dim,
-                layers=self.layers,
-                mixer=self.mixer,
-                ffn=self.ffn,
-                norm=self.norm,
-                norms=self.norms,
-                dropout=self.dropout,
-                init_std=self.init_std,
-            )
-            return (block,) * self.layers
+            return (self._block_of(mixer=self.mixer, ffn=self.ffn),) * self.layers

@@ -55,11 +55,7 @@ class Transformer(Model):
                     f"model.heads={self.heads} is not divisible by model.kv_heads="
                     f"{self.kv_heads}; set model.kv_heads to a divisor of it"
                 )
-            if self.attention.head_dim is None and self.dim % self.heads:
-                raise ConfigError(
-                    f"model.dim={self.dim} is not divisible by model.heads={self.heads}; set "
-                    "model.attention.head_dim, or another dim"
-                )
+            self._check_heads(self.heads, self.attention.head_dim)
             if isinstance(self.attention, Latent.Config):
                 self._check_latent()
             if isinstance(self.positions, Rope) and self.rope_dim % 2:
@@ -120,17 +116,11 @@ class Transformer(Model):
         @property
         def blocks(self) -> tuple[stack.Block.Config, ...]:
             """Every layer's config; equal ones are stacked, see `stack.build`."""
-            usual = stack.Block.Config(
-                dim=self.dim,
+            usual = self._block_of(
                 heads=self.heads,
                 kv_heads=self.kv_heads,
-                layers=self.layers,
                 mixer=self.attention,
                 ffn=self.ffn,
-                norm=self.norm,
-                norms=self.norms,
-                dropout=self.dropout,
-                init_std=self.init_std,
             )
             return tuple(self._block(usual, i) for i in range(self.layers))
 

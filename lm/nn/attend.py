@@ -50,6 +50,11 @@ class Case:
     shards: int = 1  # devices that split the row
     lse: bool = False  # the log-sum-exp is used, and its gradient
 
+    def how(self, asked: Implementation, context: Context) -> str:
+        """Returns in words how it is computed."""
+        chosen = self.choose(asked)
+        return chosen if self.shards == 1 else f"{chosen} by {self.share(context)}"
+
     def obstacle(self, implementation: str) -> str | None:
         """Returns why the implementation can't do this, or None."""
         if implementation == "blockwise" and self.block() == 0:
@@ -145,31 +150,31 @@ class Case:
         return "gather" if self.keys <= GATHERED else "ring"
 
 
-def planned(
-    layout: sharding.Layout,
-    length: int,
-    head_dim: int,
-    dtype: str,
-    packed: bool,
-    mask: Mask,
-    asked: Implementation,
-    context: Context,
-    lse: bool,
-) -> str:
-    """Returns in words how `attend` computes rows of `length` tokens, without a cache."""
-    case = Case(
-        platform=layout.platform,
-        queries=length,
-        keys=length,
-        head_dim=head_dim,
-        dtype=dtype,
-        packed=packed,
-        mask=mask,
-        shards=layout.size("length"),
-        lse=lse,
-    )
-    chosen = case.choose(asked)
-    return chosen if case.shards == 1 else f"{chosen} by {case.share(context)}"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """Rows of a train step, which attend to themselves."""
+
+    platform: str
+    length: int  # tokens
+    dtype: str
+    packed: bool
+    shards: int = 1  # devices that split the row
+
+    def case(
+        self, head_dim: int, mask: Mask, packed: bool = False, lse: bool = False
+    ) -> Case:
+        """Returns what attention over the rows needs; `packed` where it does whatever they are."""
+        return Case(
+            platform=self.platform,
+            queries=self.length,
+            keys=self.length,
+            head_dim=head_dim,
+            dtype=self.dtype,
+            packed=self.packed or packed,
+            mask=mask,
+            shards=self.shards,
+            lse=lse,
+        )
 
 
 def attend(

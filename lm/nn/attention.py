@@ -71,15 +71,11 @@ class Attention(nnx.Module):
                 ordered=ordered,
             )
 
-        def how(
-            self, layout: sharding.Layout, length: int, head_dim: int, dtype: str, packed: bool
-        ) -> str:  # fmt: skip
-            """Returns in words how rows of `length` tokens are computed."""
+        def how(self, row: attend.Row, head_dim: int) -> str:
+            """Returns in words how attention over such rows is computed."""
             H = self.head_dim or head_dim
-            return attend.planned(
-                layout, length, H, dtype, packed or not self.causal, self.mask(H),
-                self.implementation, self.context, self.sinks,
-            )  # fmt: skip
+            case = row.case(H, self.mask(H), packed=not self.causal, lse=self.sinks)
+            return case.how(self.implementation, self.context)
 
     def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,
                  out_std: float, norm: RmsNorm.Config, rngs: nnx.Rngs,

@@ -62,16 +62,11 @@ class Latent(nnx.Module):
             """Returns what a query sees, and how scores are formed."""
             return Mask(scale=self.scale or self.head_dim**-0.5, ordered=ordered)
 
-        def how(
-            self, layout: sharding.Layout, length: int, head_dim: int, dtype: str, packed: bool
-        ) -> str:  # fmt: skip
-            """Returns in words how rows of `length` tokens are computed."""
+        def how(self, row: attend.Row, head_dim: int) -> str:
+            """Returns in words how attention over such rows is computed."""
             del head_dim
-            width = max(self.head_dim, self.value_dim)
-            return attend.planned(
-                layout, length, width, dtype, packed, self.mask(), self.implementation,
-                self.context, False,
-            )  # fmt: skip
+            case = row.case(max(self.head_dim, self.value_dim), self.mask())
+            return case.how(self.implementation, self.context)
 
     def __init__(
         self,
