@@ -7,6 +7,7 @@ import jax
 
 from lm import gathering, sharding
 from lm.program import Program
+from lm.terminal import size
 from lm.train import TrainState
 
 LARGE = 2**20  # bytes on a device above which a copy is named
@@ -21,7 +22,7 @@ def lines(prog: Program, state: TrainState) -> list[str]:
     }
     if gathered := gathered_bytes(prog):
         whole["weights gathered for a step"] = gathered
-    parts = ", ".join(f"{name} {_size(n)}" for name, n in whole.items())
+    parts = ", ".join(f"{name} {size(n)}" for name, n in whole.items())
     return [f"a device holds: {parts}", *_by_axis(prog), *copies(prog)]
 
 
@@ -46,11 +47,11 @@ def copies(prog: Program) -> list[str]:
         for axis, n in mesh.items():
             if n == 1 or axis in used or axis in prog.layout.rules.replica:
                 continue
-            if (size := _bytes(prog, path)) > LARGE and _could_split(prog, path, n):
-                found[axis].append((size, path))
+            if (held := _bytes(prog, path)) > LARGE and _could_split(prog, path, n):
+                found[axis].append((held, path))
     return [
-        f"copied along {axis} {mesh[axis]}: {_size(sum(n for n, _ in some))} a device, "
-        + ", ".join(f"{path} {_size(n)}" for n, path in sorted(some, reverse=True))
+        f"copied along {axis} {mesh[axis]}: {size(sum(n for n, _ in some))} a device, "
+        + ", ".join(f"{path} {size(n)}" for n, path in sorted(some, reverse=True))
         + "; mesh.fsdp splits them"
         for axis, some in found.items()
     ]
@@ -66,7 +67,7 @@ def _by_axis(prog: Program) -> list[str]:
     ordered = sorted(groups.items(), key=lambda item: -item[1])
     if list(groups) == ["whole"]:
         return []
-    return ["  split over " + ", ".join(f"{k}: {_size(n)}" for k, n in ordered)]
+    return ["  split over " + ", ".join(f"{k}: {size(n)}" for k, n in ordered)]
 
 
 def _could_split(prog: Program, path: str, n: int) -> bool:
@@ -95,11 +96,3 @@ def _held(tree: object) -> int:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} GB"

@@ -5,8 +5,15 @@ otherwise.
 """
 
 import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
+from lm.models.timetable import IDLE, Timetable
 from lm.plan.chips import Chip
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,13 +141,35 @@ class Compiled:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A change that a search came upon, and what it is predicted to do."""
+
+    change: tuple[str, ...]  # arguments of --set
+    memory: int  # bytes on a device
+    step: float  # seconds
+    tokens_per_second: float  # of all devices
+    mfu: float
+    limit: str  # what limits the step
+    confirmed: bool  # the target's compiler says that it fits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
-    """What a stage of a pipeline does in a tick of its timetable."""
+    """What a stage of a pipeline does in a tick of its timetable, one entry for each kind."""
 
     stage: int
     tick: int
-    kind: str  # F forward, B backward, H head; of one tick perhaps several
+    kind: str  # F forward, H head, B backward
     microbatch: int
+    round: int = 0  # of the chunks of layers on a stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """What joins the devices along a mesh axis."""
+
+    link: str  # "nvlink", "ici", "dcn", …
+    rate: float  # bytes a second that a device receives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +183,9 @@ class Plan:
     chip: Chip
     devices: int
     hosts: int
-    mesh: dict[str, int]  # devices along each mesh axis
+    mesh: dict[str, int]  # devices along each mesh axis, slowest links first
+    ways: dict[str, Way]  # of each mesh axis, `Target.ways`
+    slices: int = 1
     changes: tuple[str, ...]  # --set as given
     parameters: dict[str, int]  # by kind: embedding, attention, feed-forward, …
     active: int  # parameters that a token meets
@@ -171,6 +202,7 @@ class Plan:
     idle: float = 0.0  # share of ticks in which a stage waits
     compiled: Compiled | None = None
     advice: tuple[Advice, ...] = ()
+    found: tuple[Candidate, ...] = ()  # by a search
     notes: tuple[str, ...] = ()  # lines to read
 
     @property
@@ -179,3 +211,93 @@ class Plan:
         if self.compiled is not None:
             return not self.compiled.refusal and self.compiled.total <= self.chip.hbm
         return self.memory.total <= self.chip.hbm
+
+
+# What a key of plan.json ends in, where the field's name does not say its unit.
+UNITS: dict[type, dict[str, str]] = {
+    Chip: {
+        **dict.fromkeys(("bf16", "fp8"), "flops_per_second"),
+        "int8": "operations_per_second",
+        **dict.fromkeys(("hbm", "host_ram"), "bytes"),
+        **dict.fromkeys(("bandwidth", "links", "network"), "bytes_per_second"),
+        "largest": "chips",
+    },
+    Memory: dict.fromkeys((*Memory.__dataclass_fields__, "total"), "bytes"),
+    Transfer: {"hidden": "seconds"},
+    Time: dict.fromkeys(
+        ("compute", "hbm", "exposed", "bubble", "host", "low", "high", "step"),
+        "seconds",
+    ),
+    Host: {
+        **dict.fromkeys(("ram", "ram_there", "checkpoint"), "bytes"),
+        **dict.fromkeys(("data_rate", "disk_rate"), "bytes_per_second"),
+    },
+    Advice: {"memory": "bytes", "step": "seconds"},
+    Candidate: {"memory": "bytes", "step": "seconds"},
+    Compiled: dict.fromkeys(
+        ("arguments", "temporaries", "output", "sent", "total"), "bytes"
+    ),
+    Way: {"rate": "bytes_per_second"},
+}
+
+
+def to_json(value: Any) -> Any:
+    """Returns what `json.dumps` takes of a plan or a part of one: units in the keys, sums too."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        sums = [n for n, v in vars(type(value)).items() if isinstance(v, property)]
+        return {
+            _key(type(value), n): to_json(getattr(value, n)) for n in (*names, *sums)
+        }
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    return value
+
+
+def from_json(cls: type[T], data: dict[str, Any]) -> T:
+    """Returns the plan, or part of one, that `to_json` wrote."""
+    hints = typing.get_type_hints(cls)
+    fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return cls(
+        **{f.name: _read(hints[f.name], data[_key(cls, f.name)]) for f in fields}
+    )
+
+
+def _key(cls: type, name: str) -> str:
+    unit = UNITS.get(cls, {}).get(name)
+    return f"{name}_{unit}" if unit else name
+
+
+def _read(hint: Any, data: Any) -> Any:
+    """A value of a field's type: a class, X | None, dict[str, X], tuple[X, ...]."""
+    inner = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return None if data is None else _read(inner[0], data)
+    if isinstance(data, list):
+        return tuple(_read(inner[0], item) for item in data)
+    if isinstance(data, dict):
+        if dataclasses.is_dataclass(hint):
+            return from_json(typing.cast(type, hint), data)
+        return {key: _read(inner[1], item) for key, item in data.items()}
+    return data
+
+
+def ticks(table: Timetable) -> tuple[Tick, ...]:
+    """Returns a timetable's entries in order; the head is work for every stage at once."""
+    return tuple(_ticks(table))
+
+
+def _ticks(table: Timetable) -> Iterator[Tick]:
+    phases = [p for loop in table.loops for p in loop.phases * loop.times]
+    kinds = [p.kinds for p in phases for _ in range(p.ticks)]
+    for tick, does in enumerate(kinds):
+        ends = table.forward[tick, -1]  # the job whose output the head takes
+        for stage in range(table.stages):
+            heads = ends if "H" in does else IDLE
+            jobs = (table.forward[tick, stage], heads, table.backward[tick, stage])
+            for kind, job in zip("FHB", map(int, jobs), strict=True):
+                if job != IDLE:
+                    m, r = divmod(job, table.rounds)
+                    yield Tick(stage=stage, tick=tick, kind=kind, microbatch=m, round=r)
