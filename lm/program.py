@@ -164,7 +164,7 @@ class Program:
 
         def shapes(*args: Any) -> Any:
             with sharding.use(self.layout):
-                return jax.tree.map(self._abstract, jax.eval_shape(jitted, *args))
+                return jax.tree.map(self.abstract, jax.eval_shape(jitted, *args))
 
         def ready(*args: Any) -> Callable[..., Any]:
             made_from = {
@@ -184,7 +184,8 @@ class Program:
         call.shapes = shapes  # type: ignore[attr-defined]
         return call
 
-    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+    def abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape and sharding, on this mesh, of what a trace gave."""
         spec = x.sharding.spec if x.sharding is not None else P()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding(spec))
 
