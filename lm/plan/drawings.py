@@ -16,7 +16,7 @@ from lm.terminal import duration, human, size
 
 Element = ET.Element
 NUMBERED = 48  # ticks of a timetable up to which its cells bear numbers
-DRAWN = 128  # parts of a mesh up to which each is drawn
+DRAWN = 128  # parts of a mesh that are drawn in a row at most
 KINDS = {"F": "forward", "H": "head and loss", "B": "backward"}
 
 
@@ -103,10 +103,11 @@ def roofline(plan: Plan, height: int = 300) -> Element | None:
 
     drawn = []
     for power in range(bottom, math.floor(top) + 1):
-        drawn.append(_line(0, y(10.0**power), 100, y(10.0**power), "grid"))
-        if power > bottom:
+        level = y(10.0**power)
+        drawn.append(_line(0, level, 100, level, "grid"))
+        if power > bottom and abs(level + 22 - y(chip.bf16)) > 14:  # room for its name
             name = human(10.0**power, "FLOP/s")
-            drawn.append(_text(0, y(10.0**power) + 14, name, "start", "axis"))
+            drawn.append(_text(100, level + 14, name, "end", "axis"))
     for power in range(left, right + 1):
         drawn.append(_line(x(10.0**power), 4, x(10.0**power), height - 36, "grid"))
         side = {left: "start", right: "end"}.get(power, "middle")
@@ -123,11 +124,11 @@ def roofline(plan: Plan, height: int = 300) -> Element | None:
         _line(x(at), y(roof), x(at), y(rate), "gap"),
         node("circle", cx=_p(x(at)), cy=_n(y(rate)), r="6", class_="point"),
     ]
-    side, shift = ("end", -1.5) if x(at) > 60 else ("start", 1.5)
+    side, shift = ("end", -1.5) if x(at) > 68 else ("start", 1.5)
     said = human(rate, "FLOP/s"), f"{rate / roof:.0%} of the roof"
     for i, line in enumerate(said):
         drawn.append(_text(x(at) + shift, y(rate) + 18 + 18 * i, line, side, "strong"))
-    desc = f"{', '.join(said)} at {at:.3g} operations a byte; the roof bends at {ridge:.3g}."
+    desc = f"This step: {', '.join(said)}, at {at:.3g} operations a byte; the roof bends at {ridge:.3g}."
     return _svg("roofline", "Roofline of the chip", desc, height, drawn)
 
 
@@ -141,16 +142,17 @@ def timeline(plan: Plan) -> Element | None:
     stages, ticks = max(cells) + 1, 1 + max(t.tick for t in plan.timetable)
     rounds = 1 + max(t.round for t in plan.timetable)
     numbered = ticks <= NUMBERED
-    row = 36 if numbered else max(4, min(24, 480 // stages))
+    row = 42 if numbered else max(4, min(24, 480 // stages))
     drawn = [
         node("rect", width="100%", height=_n(stages * row), class_="idle"),
     ]
     for stage, does in sorted(cells.items()):
         drawn += _stage(does, stage * row, row, ticks, rounds, numbered)
     most = max(t.microbatch for t in plan.timetable) + 1
+    cell = "numbers, letters: rounds" if rounds > 1 else "numbers"
     desc = (
-        f"{stages} stages (rows), {ticks} ticks (across), {most} microbatches; a stage waits in "
-        f"{plan.idle:.1%} of its ticks."
+        f"{stages} stages (rows), {ticks} ticks (across), {most} microbatches"
+        f"{f' ({cell})' if numbered else ''}. A stage waits in {plan.idle:.1%} of its ticks."
     )
     made = _svg("timeline", "Timetable of the pipeline", desc, stages * row, drawn)
     if numbered:
@@ -168,7 +170,7 @@ def _stage(
         return tick if numbered else (run, tuple(t.kind for t in does[tick]))
 
     order = {tick: i for i, tick in enumerate(sorted(does))}
-    gap = 2 if row > 8 else 0.5
+    gap, cell = (2, " cell") if row > 8 else (0, "")
     for _, run in itertools.groupby(order, key=like):
         found = list(run)
         here = does[found[0]]
@@ -176,7 +178,7 @@ def _stage(
         for i, t in enumerate(here):
             left, width = 100 * t.tick / ticks, 100 * len(found) / ticks
             top = y + gap / 2 + i * part
-            yield _rect(left, top, width, part, f"kind{t.kind} cell")
+            yield _rect(left, top, width, part, f"kind{t.kind}{cell}")
             if numbered:
                 name = f"{t.microbatch}{chr(97 + t.round) if rounds > 1 else ''}"
                 yield _text(left + width / 2, top + part / 2, name, "middle", "number")
@@ -188,21 +190,21 @@ def mesh(plan: Plan) -> Element | None:
     if not axes:
         return None
     drawn, parts, y = [], 1, 0
-    for axis, n in axes:
-        parts *= n
-        way = plan.ways.get(axis)
-        link = f" · {way.link}, {size(way.rate)}/s a device" if way else ""
-        far = way is not None and way.link == plan.chip.far
-        drawn += _cut(f"{axis} {n}", link, parts, n, y, "far" if far else "near")
-        y += 52
-    groups, name = (
-        (plan.hosts, "hosts") if not plan.chip.torus else (plan.slices, "slices")
-    )
+    groups, name = (plan.slices, "slices") if plan.chip.torus else (plan.hosts, "hosts")
     if groups > 1:
         of = f" · {plan.devices // groups} devices each"
         drawn += _cut(f"{groups} {name}", of, groups, groups, y, "group")
         y += 52
-    desc = f"{plan.devices} devices: {tables.mesh(plan)}; {plan.hosts} hosts."
+    for axis, n in axes:
+        way = plan.ways.get(axis)
+        more = f" · {way.link}, {size(way.rate)}/s a device" if way else ""
+        far = way is not None and way.link == plan.chip.far != plan.chip.link
+        if parts * n > DRAWN and parts > 1:
+            parts, more = 1, f"{more} · one part of those above"
+        parts *= n
+        drawn += _cut(f"{axis} {n}", more, parts, n, y, "far" if far else "near")
+        y += 52
+    desc = f"{plan.devices} devices, {tables.mesh(plan)}, in {plan.hosts} hosts."
     return _svg("mesh", "The mesh", desc, y, drawn)
 
 
@@ -213,7 +215,7 @@ def _cut(
     title = _text(0, y + 14, name, "start", "strong")
     title.append(node("tspan", more, class_="plain"))
     yield title
-    drawn = parts if parts <= DRAWN else parts // n
+    drawn = parts if parts <= DRAWN else 1
     for i in range(drawn):
         pale = "" if i % n % 2 == 0 else " pale"
         yield _rect(100 * i / drawn, y + 21, 100 / drawn, 20, f"{kind} cell{pale}")

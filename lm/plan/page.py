@@ -37,17 +37,17 @@ p { margin: 4px 0; }
 .cards { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
 section { padding: 16px 18px; min-width: 0; }
 section.wide { grid-column: 1 / -1; }
-@media (max-width: 760px) { .cards { grid-template-columns: minmax(0, 1fr); }
-  body { padding: 16px 12px 32px; } section { padding: 14px 12px; } }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; margin-top: 8px; }
-th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; vertical-align: top;
+th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; vertical-align: baseline;
   font-variant-numeric: tabular-nums; }
-th { font-weight: 500; color: var(--soft); font-size: 13px; }
-tr > * { border-bottom: 1px solid var(--edge); }
-tr:last-child > * { border-bottom: 0; }
+th { white-space: normal; font-weight: 500; color: var(--soft); font-size: 13px; }
+th, td { border-bottom: 1px solid var(--edge); }
+tbody tr:last-child td { border-bottom: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 .few { max-width: 620px; }
+.few td:first-child { white-space: nowrap; }
+.many { min-width: 620px; }
 .words { text-align: left; white-space: normal; }
 pre { background: var(--code); border-radius: 6px; padding: 8px 12px; margin: 10px 0 4px;
   overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
@@ -71,6 +71,9 @@ svg text.axis { font-size: 12px; }
 .gap { stroke: var(--soft); stroke-width: 1.5px; stroke-dasharray: 3 4; }
 .point { fill: #d55e00; stroke: var(--card); stroke-width: 1.5px; }
 .idle { fill: var(--code); }
+@media (max-width: 760px) { .cards { grid-template-columns: minmax(0, 1fr); }
+  body { padding: 16px 12px 32px; } section { padding: 14px 12px; }
+  .tile { padding: 8px 10px; } .tile b { font-size: 18px; } }
 """
 FILLS = {
     "#0072b2": ("cause-parameters", "cause-compute", "near"),
@@ -154,11 +157,12 @@ def _cards(plan: Plan) -> Element:
     if time is not None:
         cards.append(_card(time, drawings.time(plan), wide=True))
     if picture := drawings.roofline(plan):
-        cards.append(_picture("Roofline: what the chip allows", picture, wide=True))
+        cards.append(_picture("Roofline: what the chip allows", picture))
     if picture := drawings.timeline(plan):
-        cards.append(_timeline(plan, picture))
+        title = "Pipeline: stages down, ticks across"
+        cards.append(_picture(title, picture, _legend(plan)))
     if picture := drawings.mesh(plan):
-        cards.append(_picture("Mesh, slowest links first", picture, wide=True))
+        cards.append(_picture("Mesh, slowest links first", picture))
     drawn = {memory.title, time.title if time else ""}
     cards += [
         _card(t, wide=len(t.head) > 4) for t in found.values() if t.title not in drawn
@@ -191,27 +195,22 @@ def _card(
     return made
 
 
-def _picture(title: str, picture: Element, *, wide: bool) -> Element:
-    kind = "wide" if wide else "part"
-    return node("section", node("h2", title), picture, class_=kind)
+def _picture(title: str, picture: Element, *before: Element) -> Element:
+    """A card of a picture that may be wider than the screen, with what it says below."""
+    said = picture.findtext("desc", "")
+    drawn = node("div", picture, class_="scroll")
+    note = node("p", said, class_="note")
+    return node("section", node("h2", title), *before, drawn, note, class_="wide")
 
 
-def _timeline(plan: Plan, picture: Element) -> Element:
+def _legend(plan: Plan) -> Element:
     seen = {t.kind for t in plan.timetable}
-    legend = [
+    swatches = (
         node("span", node("span", " ", class_=f"swatch kind{kind}"), name)
         for kind, name in drawings.KINDS.items()
         if kind in seen
-    ]
-    made = node(
-        "section", node("h2", "Pipeline: stages down, ticks across"), class_="wide"
     )
-    made.append(node("p", *legend, class_="legend"))
-    made.append(node("div", picture, class_="scroll"))
-    made.append(
-        node("p", f"A stage waits in {plan.idle:.1%} of its ticks.", class_="note")
-    )
-    return made
+    return node("p", *swatches, class_="legend")
 
 
 def _table(table: tables.Table) -> Element:

@@ -175,7 +175,7 @@ def speed(plan: Plan) -> Table | None:
         rows.append(("energy", f"{human(s.kwh)} kWh", "the chips alone, at full load"))
     if s.price is not None:
         rows.append(
-            ("price", f"{s.price:,.0f}", "by --price_per_chip_hour, in its currency")
+            ("price", f"{s.price:,.0f}", "in the currency of --price_per_chip_hour")
         )
     return Table(
         title="Speed and cost", head=("", "", ""), rows=tuple(rows), words=(0, 2)
