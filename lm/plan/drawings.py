@@ -128,7 +128,10 @@ def roofline(plan: Plan, height: int = 300) -> Element | None:
     said = human(rate, "FLOP/s"), f"{rate / roof:.0%} of the roof"
     for i, line in enumerate(said):
         drawn.append(_text(x(at) + shift, y(rate) + 18 + 18 * i, line, side, "strong"))
-    desc = f"This step: {', '.join(said)}, at {at:.3g} operations a byte; the roof bends at {ridge:.3g}."
+    desc = (
+        f"This step: {', '.join(said)}, at {at:.3g} operations a byte; "
+        f"the roof bends at {ridge:.3g}."
+    )
     return _svg("roofline", "Roofline of the chip", desc, height, drawn)
 
 
