@@ -11,6 +11,7 @@ DEPTHS = {  # what the next depth would add
     "types": "--depth=model adds work, transfers, seconds and hosts; --depth=compile the compiler",
     "model": "--depth=compile asks the target's own compiler",
 }
+ADVICE = "What would change it"
 PARTS = {  # of a step's time, by field
     "compute": "arithmetic",
     "hbm": "waiting for HBM",
@@ -166,7 +167,7 @@ def speed(plan: Plan) -> Table | None:
         ("MFU", f"{s.mfu_full:.1%}", "every key counted, as most published figures do"),
         (
             "training",
-            _days(s.days),
+            days(s.days),
             f"{plan.steps:,} steps, {human(chip_hours)} chip-hours",
         ),
     ]
@@ -174,7 +175,7 @@ def speed(plan: Plan) -> Table | None:
         rows.append(("energy", f"{human(s.kwh)} kWh", "the chips alone, at full load"))
     if s.price is not None:
         rows.append(
-            ("price", f"{s.price:,.0f}", "by --price_per_chip_hour, in its currency")
+            ("price", f"{s.price:,.0f}", "in the currency of --price_per_chip_hour")
         )
     return Table(
         title="Speed and cost", head=("", "", ""), rows=tuple(rows), words=(0, 2)
@@ -299,17 +300,17 @@ def ranked(found: Sequence[Candidate]) -> Table:
     """Returns what a search found, the fastest first."""
     rows = [
         (
-            str(i), human(c.tokens_per_second), duration(c.step), f"{c.mfu:.1%}",
+            human(c.tokens_per_second), duration(c.step), f"{c.mfu:.1%}",
             size(c.memory), "yes" if c.confirmed else "no", c.limit, " ".join(c.change),
         )
-        for i, c in enumerate(best(found), 1)
+        for c in best(found)
     ]  # fmt: skip
     return Table(
         title="Found by the search, the fastest first",
-        head=("", "tokens/s", "step", "MFU", "memory", "checked", "limit", "change"),
+        head=("tokens/s", "step", "MFU", "memory", "sure", "limit", "change"),
         rows=tuple(rows),
-        words=(0, 6, 7),
-        note="checked: the target's compiler says that it fits",
+        words=(5, 6),
+        note="sure: the target's compiler says that it fits",
     )
 
 
@@ -337,5 +338,6 @@ def _share(part: float) -> str:
     return f"{part:.1%}"
 
 
-def _days(days: float) -> str:
-    return f"{days:.3g} days" if days >= 1.5 else duration(days * 86400)
+def days(number: float) -> str:
+    """Returns '12.3 days', or hours where they are few."""
+    return f"{number:.3g} days" if number >= 1.5 else duration(number * 86400)

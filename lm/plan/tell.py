@@ -33,7 +33,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     if plan.found:
         search(plan.found, console)
     if plan.advice:
-        console.print(Text("What would change it", "bold"))
+        console.print(Text(tables.ADVICE, "bold"))
     for change, effect in tables.advice(plan):
         _paste(console, change)
         console.print(Text(f"    {effect}"))
@@ -66,16 +66,12 @@ def _paste(console: Console, line: str) -> None:
 
 def _print(console: Console, table: tables.Table) -> None:
     made = Table(box=SIMPLE_HEAD, show_header=any(table.head), show_edge=False)
+    made.pad_edge = False
     made.padding = (0, 1, 0, 0)
     for i, name in enumerate(table.head):
         words = i in table.words
-        least = max(len(w) for row in table.rows for w in (*row[i].split(), ""))
-        made.add_column(
-            name,
-            justify="left" if words else "right",
-            no_wrap=not words,
-            min_width=max(least, len(name)),
-        )
+        side = "left" if words else "right"
+        made.add_column(name, justify=side, no_wrap=not words, overflow="fold")
     if table.shares:
         made.add_column("")
     bars = [*_bars(table), *([] for _ in table.rows)]
