@@ -345,11 +345,10 @@ def _pairs_of(prog: Program, block: stack.Block.Config) -> jaxprs.Pairs | None:
     if not isinstance(mixer, Attention.Config | Latent.Config):
         return None
     row = attend.Row(
-        platform=layout.platform,
+        layout=layout,
         length=train.abstract_batch(prog)["tokens"].shape[1],
         dtype=str(prog.experiment.model.compute(layout.platform)),
         packed=prog.packed,
-        shards=layout.size("length"),
     )
     case = mixer.case(row, block.dim // block.heads)
     how = case.choose(mixer.implementation)
