@@ -6,8 +6,9 @@ of a microbatch on one replica, T length, P stages, v rounds, l layers of a chun
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -145,12 +146,20 @@ def _parts(batch: objectives.Batch, A: int, M: int, R: int, lead: Any) -> Any:
     return jax.tree.map(split, batch)
 
 
-def row_keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
-    """Returns the keys of a batch's dropout, [B, T]; None without dropout."""
+def _keys(
+    prog: Program, batch: objectives.Batch, step: Array
+) -> Callable[[int], Array] | None:
+    """Returns the keys of dropout by the length of rows, None without dropout."""
     if not prog.experiment.model.dropout:
         return None
-    length = batch["tokens"].shape[1]
-    return dropout_keys(prog.experiment.train.seed, step, batch["index"], length)
+    seed = prog.experiment.train.seed
+    return functools.partial(dropout_keys, seed, step, batch["index"])
+
+
+def row_keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
+    """Returns the keys of a batch's dropout, [B, T]; None without dropout."""
+    keys = _keys(prog, batch, step)
+    return keys and keys(batch["tokens"].shape[1])
 
 
 def table(prog: Program, forward: int | None = None) -> timetable.Timetable:

@@ -30,8 +30,6 @@ from lm.experiment import Experiment
 from lm.log import Log, due
 from lm.lookout import Lookout
 from lm.nn import attend
-from lm.nn.attention import Attention
-from lm.nn.latent import Latent
 from lm.plan import placement
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
@@ -327,8 +325,7 @@ def _samples(
     say = _say if primary else _silent
     texts = generate.texts(prog, weights, coder, wanted.prompts, wanted, say)
     if primary:
-        pairs = zip(wanted.prompts, texts, strict=True)
-        samples = [prompt + text for prompt, some in pairs for text in some]
+        samples = generate.shown(prog, wanted.prompts, texts)
         joined = f"\n{'─' * 60}\n".join(samples) + "\n"
         (epath.Path(workdir) / "samples.txt").write_text(joined)
         print(joined, end="")
@@ -364,11 +361,8 @@ def _attention(prog: Program) -> str:
         dtype=str(model.compute(layout.platform)),
         packed=prog.packed,
     )
-    found = dict.fromkeys(
-        block.mixer.how(row, block.dim // block.heads)
-        for block in model.blocks
-        if isinstance(block.mixer, Attention.Config | Latent.Config)
-    )
+    written = batches.written(prog.experiment.objective, prog.experiment.data)
+    found = dict.fromkeys(model.attends(row, written))
     return f", attention: {' and '.join(found)}" if found else ""
 
 

@@ -51,6 +51,20 @@ def added(objective: Objective) -> int:
     return getattr(objective, "added", 0)
 
 
+def written(objective: Objective, data: Data) -> int:
+    """Returns the tokens of a row in which something is predicted; `data.length`, but where a
+    decoder writes beside the rows that an encoder reads.
+
+    Raises:
+        ConfigError: one line with what to set.
+    """
+    if isinstance(objective, Seq2Seq):
+        return objective.target_length
+    if isinstance(objective, SpanCorruption):
+        return objective.sizes(data.length, data.isolate)[1]
+    return data.length
+
+
 def check(objective: Objective, data: Data) -> None:
     """Checks that the objective can make rows of such data.
 
@@ -74,15 +88,11 @@ def check(objective: Objective, data: Data) -> None:
 
 def row(objective: Objective, data: Data) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a training row, without its text."""
-    T = data.length
+    T = written(objective, data)
     found: dict[str, tuple[tuple[int, ...], Any]] = {}
     if isinstance(objective, SpanCorruption | Seq2Seq):
         names = ("inputs", "input_segments", "input_positions")
-        found = dict.fromkeys(names, ((T,), np.int32))
-        if isinstance(objective, Seq2Seq):
-            T = objective.target_length
-        else:
-            _, T = objective.sizes(data.length, data.isolate)
+        found = dict.fromkeys(names, ((data.length,), np.int32))
     for name in ("tokens", "segments", "positions", "targets"):
         found[name] = (T,), np.int32
     found |= {"weights": ((T,), np.float32), "index": ((), np.uint32)}

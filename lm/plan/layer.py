@@ -164,7 +164,10 @@ class _Trace:
                 what=_words(unit),
                 count=count,
                 layers=len(unit),
-                cost=_once(("group", i, self.remat, *self.key), functools.partial(self._group, i)),
+                cost=_once(
+                    ("group", i, self.remat, *self.key),
+                    functools.partial(self._group, i),
+                ),
             )
             for i, (count, unit) in enumerate(units)
         ]

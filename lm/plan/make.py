@@ -188,10 +188,10 @@ def parameters(prog: Program) -> dict[str, int]:
 def active(prog: Program) -> int:
     """Returns the number of parameters that one token meets."""
     total = 0.0
-    ffn = getattr(prog.experiment.model, "ffn", None)
+    ffn = prog.experiment.model.ffn
+    met = ffn.top_k / ffn.experts if isinstance(ffn, Moe.Config) else 1.0
     for path, count in _real(prog).items():
-        sparse = "expert" in prog.axes[path] and isinstance(ffn, Moe.Config)
-        total += count * (ffn.top_k / ffn.experts if sparse else 1)
+        total += count * (met if "expert" in prog.axes[path] else 1)
     return round(total)
 
 

@@ -139,9 +139,10 @@ def read(name: str) -> Target:
     slices, kind = int(parts[1] or 1), parts[2]
     shape = tuple(int(n) for n in parts[3].split("x"))
     if kind == "cpu":
-        if slices > 1 or len(shape) > 1 or shape[0] < 1:
+        count = math.prod(shape)
+        if slices > 1 or len(shape) > 1 or not 1 <= count <= 1024:
             raise ConfigError(f"--target={name}: expected cpu and devices, like cpu:8")
-        return Target(name=name, chip=chips.cpu(shape[0]), shape=shape)
+        return Target(name=name, chip=chips.cpu(count), shape=shape)
     if kind not in chips.CHIPS:
         known = ", ".join([*chips.CHIPS, "cpu"])
         raise ConfigError(
