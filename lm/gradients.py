@@ -46,7 +46,7 @@ def of(
             prog.experiment.objective,
             prog.model(params),
             batch,
-            row_keys(prog, batch, step),
+            _keys(prog, batch, step),
             prog.packed,
         )
         return total / count, {**sums, "loss": total / count}

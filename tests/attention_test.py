@@ -196,6 +196,7 @@ LONG = attend.Case(
     dtype="bfloat16",
     packed=False,
     mask=Mask(scale=1.0),
+    capability=9.0,
 )
 CHOICES = [
     ({}, "cudnn"),
@@ -217,13 +218,8 @@ CHOICES = [
 ]
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda layout: 9.0)
-
-
 @pytest.mark.parametrize(("change", "choice"), CHOICES)
-def test_auto_takes_the_fastest_that_honours_the_case(hopper, change, choice):
+def test_auto_takes_the_fastest_that_honours_the_case(change, choice):
     case = dataclasses.replace(LONG, **change)
     assert case.choose("auto") == choice
     assert case.choose(choice) == choice  # and by name the same
@@ -257,11 +253,11 @@ def test_one_asked_for_by_name_is_refused_with_the_reason_and_a_fix(
     assert "\n" not in message
 
 
-def test_an_old_gpu_gets_no_cudnn(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda layout: 7.5)
-    assert LONG.choose("auto") == "blockwise"
+def test_an_old_gpu_gets_no_cudnn():
+    old = dataclasses.replace(LONG, capability=7.5)
+    assert old.choose("auto") == "blockwise"
     with pytest.raises(ConfigError, match=r"compute capability 8, here it is 7\.5"):
-        LONG.choose("cudnn")
+        old.choose("cudnn")
 
 
 @pytest.mark.parametrize(("queries", "keys", "block"), [

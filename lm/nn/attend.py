@@ -312,7 +312,8 @@ def _in_name(causal: bool, q: Any, k: Any, v: Any) -> Any:
     """Types of what cuDNN's attention returns, where no GPU is: to trace, not to run."""
     B, T, N, _ = q.shape
     lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    call = jax.ffi.ffi_call(_name("fwd", causal), (q, lse), vmap_method="broadcast_all")
+    name = _name("fwd", causal)
+    call: Any = jax.ffi.ffi_call(name, (q, lse), vmap_method="broadcast_all")
     return call(q, k, v)
 
 
@@ -323,7 +324,7 @@ def _in_name_forward(causal: bool, q: Any, k: Any, v: Any) -> Any:
 
 def _in_name_backward(causal: bool, kept: Any, grads: Any) -> Any:
     q, k, v, *_ = kept
-    call = jax.ffi.ffi_call(
+    call: Any = jax.ffi.ffi_call(
         _name("bwd", causal), (q, k, v), vmap_method="broadcast_all"
     )
     return call(*kept, grads[0])
