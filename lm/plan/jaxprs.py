@@ -114,6 +114,16 @@ class _Kernel:
     into: _Buffer | None = None  # changed in its place
 
 
+def total(closed: Any, unsaid: Unsaid = Unsaid()) -> Total:
+    """Returns what a closed jaxpr costs; arguments are not counted, results stay."""
+    walk = _Walk(unsaid)
+    args = [_argument(v.aval) for v in closed.jaxpr.invars]
+    outs = walk.run(
+        closed.jaxpr, [_argument(v.aval) for v in closed.jaxpr.constvars], args
+    )
+    return walk.total([walk.store(v) for v in outs])
+
+
 @dataclasses.dataclass(frozen=True)
 class Gradient:
     """Of a program that goes forward and then back."""

@@ -10,9 +10,11 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from lm import gradients, optim, sharding, train, trees
-from lm.plan import layer, local, placement, report
+from lm.plan import jaxprs, layer, local, placement, report
 from lm.program import STACK, Program
 
 FP32 = 4
@@ -63,15 +65,15 @@ def moments(prog: Program) -> dict[str, report.Memory]:
     # Of a pipeline gradients add up from the first tick; else they come to be in the backward.
     early = grads.layers + grads.ends if prog.staged else 0
 
-    def moment(**own: int) -> report.Memory:
-        own["collectives"] = own.get("collectives", 0) + held
-        return report.Memory(
+    def moment(**own: Any) -> report.Memory:
+        usual = {"activations": kept, "layer": 0, "loss": 0, "collectives": 0}
+        found = report.Memory(
             parameters=there.parameters,
             optimizer=there.optimizer,
-            activations=kept,
             margin=0,
-            **{"layer": 0, "loss": 0, **own},
+            **{**usual, **own},
         )
+        return dataclasses.replace(found, collectives=found.collectives + held)
 
     return {
         "loss": moment(
@@ -84,7 +86,31 @@ def moments(prog: Program) -> dict[str, report.Memory]:
             layer=again + block.working_backward - block.gathered_backward,
             collectives=block.gathered_backward + grads.waiting,
         ),
+        "update": moment(
+            gradients=grads.sums or grads.layers + grads.ends,
+            layer=update(prog).peak,
+            activations={"ids": there.batch},
+        ),
     }
+
+
+def update(prog: Program) -> jaxprs.Total:
+    """Returns what the optimizer costs a device; `peak` is beside gradients and state."""
+    placed = trees.nest({p: _shape(prog, p, prog.updates[p]) for p in prog.shapes})
+
+    def run(grads: Any, state: Any, params: Any, step: Any) -> Any:
+        changes, state = prog.optimizer.update(grads, state, params, step=step)
+        return optax.apply_updates(params, changes), state
+
+    with sharding.use(prog.layout):
+        state = jax.tree.map(prog.abstract, jax.eval_shape(prog.optimizer.init, placed))
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        traced = jax.make_jaxpr(run)(placed, state, placed, step)
+    found = jaxprs.total(traced)
+    # The new state is written over the old one.
+    return dataclasses.replace(
+        found, peak=max(0, found.peak - _bytes(placed) - _bytes(state))
+    )
 
 
 def _kept(prog: Program, costs: layer.Costs) -> dict[str, int]:
@@ -127,10 +153,12 @@ def gradient(prog: Program) -> Gradient:
     whole = local.local(_shape(prog, head, sharding.gathered(prog.working[head])))
     # XLA for GPUs reduces the head's gradient to shares after those of the layers.
     late = prog.layout.platform == "gpu"
+    # Of microbatches, layers' are added when all are there, those of the ends as they come to be.
+    many = prog.experiment.train.accumulate > 1
     return Gradient(
         layers=layers,
-        ends=ends,
-        sums=(layers + ends) * (prog.experiment.train.accumulate > 1),
+        ends=0 if many and not prog.staged else ends,
+        sums=(layers + ends) * many,
         chunk=layers // prog.places.shape[1] if prog.staged else 0,
         waiting=(math.prod(whole) * FP32 - sizes[head]) * late,
     )
