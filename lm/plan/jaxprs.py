@@ -41,6 +41,7 @@ STORED = {  # written to memory by a kernel of their own
     *("sort", "top_k", "approx_top_k", "cumsum", "cumlogsumexp", "cummax", "cumprod"),
     *("rng_bit_generator", "argmax", "argmin"),
 }
+PRODUCTS = {"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"}
 LOOPS = {
     "scan": "scan",
     "while": "while_",
@@ -50,13 +51,17 @@ LOOPS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Pairs of blocks of queries and keys that attention over a row computes, on a device."""
+class Unsaid:
+    """What a jaxpr does not say, as it depends on numbers that are not there yet."""
 
-    computed: float  # of one pass
+    pairs: float = (
+        0.0  # of blocks of queries and keys that attention computes in a pass
+    )
     hops: int = (
         1  # loops over blocks that a pass is made of: shares of keys that come by
     )
+    rows: float = 1.0  # share of the room for rows of experts that is in use
+    late: bool = False  # gradients of weights are formed when a layer's own is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,7 @@ class _Value:
         return {self.buffer: self.buffer.size} if self.buffer else self.reads
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Kernel:
     reads: Mapping[_Buffer, int]  # and how many bytes of each
     writes: tuple[_Buffer, ...]
@@ -108,7 +113,16 @@ class _Kernel:
     gathered: int = 0  # of these
     fused: bool = False  # elementwise: may write where it reads
     into: _Buffer | None = None  # changed in its place
-    needed: bool = False
+
+
+def total(closed: Any, unsaid: Unsaid = Unsaid()) -> Total:
+    """Returns what a closed jaxpr costs; arguments are not counted, results stay."""
+    walk = _Walk(unsaid)
+    args = [_argument(v.aval) for v in closed.jaxpr.invars]
+    outs = walk.run(
+        closed.jaxpr, [_argument(v.aval) for v in closed.jaxpr.constvars], args
+    )
+    return walk.total([walk.store(v) for v in outs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +134,16 @@ class Gradient:
     kept: tuple[tuple[tuple[int, ...], int], ...]  # what backward reads: (shape, bytes)
 
 
-def gradient(closed: Any, mark: str, pairs: Pairs | None = None) -> Gradient:
+def gradient(closed: Any, mark: str, unsaid: Unsaid = Unsaid()) -> Gradient:
     """Returns what a closed jaxpr costs before and behind a mark; arguments are not counted.
 
     Args:
         closed: from `jax.make_jaxpr`, of a function that goes forward, calls
             `checkpoint_name(x, mark)` with its first results x, and then goes back.
         mark: the name.
-        pairs: what attention's loops over blocks, whose length is not in the jaxpr, run to.
+        unsaid: what the jaxpr does not say.
     """
-    jaxpr, walk = closed.jaxpr, _Walk(pairs)
+    jaxpr, walk = closed.jaxpr, _Walk(unsaid)
     named = [i for i, eqn in enumerate(jaxpr.eqns) if eqn.params.get("name") == mark]
     first, after = named[0], named[-1] + 1
     env = dict(
@@ -139,7 +153,7 @@ def gradient(closed: Any, mark: str, pairs: Pairs | None = None) -> Gradient:
     walk.equations(jaxpr.eqns[:first], env)
     outs = [walk.store(_value(env, eqn.invars[0])) for eqn in jaxpr.eqns[first:after]]
     walk.equations(jaxpr.eqns[first:after], env)
-    back = _Walk(pairs)
+    back = _Walk(unsaid)
     behind = jaxpr.eqns[after:]
     read = {a for eqn in behind for a in eqn.invars if not isinstance(a, core.Literal)}
     kept: dict[_Buffer, tuple[int, ...]] = {}
@@ -170,8 +184,8 @@ def _value(env: Mapping[Any, _Value], atom: Any) -> _Value:
 class _Walk:
     """Kernels of a program, in its order."""
 
-    def __init__(self, pairs: Pairs | None, length: int = 1):
-        self.pairs = pairs
+    def __init__(self, unsaid: Unsaid, length: int = 1):
+        self.unsaid = unsaid
         self.length = length  # of the scan that this is the body of
         self.kernels: list[_Kernel] = []
         self.loops: list[Total] = []
@@ -204,7 +218,7 @@ class _Walk:
             return (
                 self.kernel(ins, sizes) if _auto(called[0]) else self.run(*called, ins)
             )
-        if name in ("dot_general", "ragged_dot", "conv_general_dilated"):
+        if name in PRODUCTS:
             return [self.product(eqn, ins, sizes[0])]
         if name == "reshard" and sizes[0] > local.size(eqn.invars[0].aval):
             return self.kernel(ins, sizes, moved=True)
@@ -256,10 +270,12 @@ class _Walk:
         return [_Value(b.size, b) for b in outs]
 
     def product(self, eqn: Any, ins: list[_Value], n: int) -> _Value:
-        flops, whole = local.product(eqn)
+        found = local.product(eqn)
         # Reduced and scattered: the device's own sum is there first, whole.
-        inner = max(0, whole * eqn.outvars[0].aval.dtype.itemsize - n)
-        more = {"flops": flops, "inner": inner, "gathered": inner}
+        whole = max(0, found.entries * eqn.outvars[0].aval.dtype.itemsize - n)
+        inner = whole + found.gathered
+        share = self.unsaid.rows if "ragged" in eqn.primitive.name else 1.0
+        more = {"flops": found.flops * share, "inner": inner, "gathered": inner}
         return self.kernel(ins, [n], stored=True, **more)[0]
 
     def update(self, ins: list[_Value], n: int) -> _Value:
@@ -282,8 +298,10 @@ class _Walk:
     def while_(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         one = self._inside(eqn.params["body_jaxpr"], self.length)
         times = 1.0
-        if one.flops and self.pairs:  # attention's, over the blocks that are needed
-            times = self.pairs.computed / self.pairs.hops / self.length
+        if (
+            one.flops and self.unsaid.pairs
+        ):  # attention's, over the blocks that are needed
+            times = self.unsaid.pairs / self.unsaid.hops / self.length
         return self._looped(eqn, ins, one, times)
 
     def cond(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
@@ -292,7 +310,7 @@ class _Walk:
 
     def _inside(self, body: Any, length: int, carried: int | None = None) -> Total:
         """Returns what a loop's body costs; of its results the first so many stay to its end."""
-        inside = _Walk(self.pairs, length)
+        inside = _Walk(self.unsaid, length)
         args = [_argument(v.aval) for v in body.jaxpr.invars]
         outs = inside.run(body.jaxpr, body.consts, args)
         return inside.total([inside.store(v) for v in outs], carried)
@@ -309,9 +327,9 @@ class _Walk:
     def pallas_call(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         """A kernel over a grid whose last two dimensions are blocks of queries and of keys."""
         grid, jaxpr = eqn.params["grid_mapping"].grid, eqn.params["jaxpr"]
-        inside = _Walk(None)
+        inside = _Walk(Unsaid())
         inside.run(jaxpr, [], [_argument(v.aval) for v in jaxpr.invars])
-        blocks = self.pairs.computed if self.pairs else math.prod(grid[-2:])
+        blocks = self.unsaid.pairs or math.prod(grid[-2:])
         one = sum(k.flops for k in inside.kernels)
         sizes = [local.size(v.aval) for v in eqn.outvars]
         flops = one * math.prod(grid[:-2]) * blocks
@@ -319,20 +337,16 @@ class _Walk:
 
     def total(self, outs: Sequence[_Buffer], carried: int | None = None) -> Total:
         """Returns what all kernels cost; the first `carried` of `outs` stay, None: all."""
+        kernels = self._needed(outs)
+        if self.unsaid.late and carried:
+            first = self._needed(outs[:carried])
+            kernels = list(dict.fromkeys([*first, *kernels]))
         last: dict[_Buffer, float] = {}
-        wanted = {id(b) for b in outs}
-        for i, k in reversed(list(enumerate(self.kernels))):
-            made = k.writes if k.into is None else (*k.writes, k.into)
-            if not any(id(b) in wanted for b in made):
-                continue  # nobody reads it
-            k.needed = True
-            wanted |= {id(b) for b in k.reads}
-            for b in (*k.reads, *k.writes):
-                last.setdefault(b, i)
+        for i, k in enumerate(kernels):
+            last |= dict.fromkeys((*k.reads, *k.writes), i)
         last |= dict.fromkeys(outs[:carried], math.inf)
-        kernels = [(i, k) for i, k in enumerate(self.kernels) if k.needed]
         live = moved = peak = gathered = 0
-        for i, k in kernels:
+        for i, k in enumerate(kernels):
             done = {b for b in (*k.reads, *k.writes) if last[b] == i and not b.held}
             new = sum(b.size for b in k.writes)
             sent = sum(b.size for b in k.writes if b.moved)
@@ -343,9 +357,19 @@ class _Walk:
                 peak, gathered = here, moved + sent + k.gathered
             live += new - sum(b.size for b in done)
             moved += sent - sum(b.size for b in done if b.moved)
-        flops = sum(k.flops for _, k in kernels)
-        traffic = sum(_traffic(k) for _, k in kernels)
+        flops = sum(k.flops for k in kernels)
+        traffic = sum(_traffic(k) for k in kernels)
         return Total(flops, traffic, peak, gathered, tuple(self.loops))
+
+    def _needed(self, outs: Sequence[_Buffer]) -> list[_Kernel]:
+        """Returns the kernels without which these arrays would not be there."""
+        wanted, found = set(outs), []
+        for k in reversed(self.kernels):
+            made = k.writes if k.into is None else (*k.writes, k.into)
+            if not wanted.isdisjoint(made):
+                wanted |= k.reads.keys()
+                found.append(k)
+        return found[::-1]
 
 
 def _traffic(k: _Kernel) -> float:

@@ -23,7 +23,7 @@ from lm.nn import attend, blockwise
 from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.latent import Latent
-from lm.plan import jaxprs
+from lm.plan import jaxprs, local
 from lm.program import STACK, Program
 
 REPEATS = 2  # layers that are traced: fewer would be no loop
@@ -117,6 +117,12 @@ def rows(prog: Program) -> int:
     return prog.experiment.train.batch_size // (parts * prog.layout.size("batch"))
 
 
+def stream(prog: Program) -> int:
+    """Returns the bytes of a microbatch's residual stream on a device."""
+    trace = _Trace(prog)
+    return local.size(trace.stream(trace.inner))
+
+
 _known: dict[Any, Any] = {}
 
 
@@ -185,7 +191,7 @@ class _Trace:
             loss, sums = objectives.layers(aux, some)
             return (x, jnp.float32(loss)), sums
 
-        given = (params[STACK], self._stream(prog))
+        given = (params[STACK], self.stream(prog))
         return self._traced(prog, run, given, (side, some), unit, loop=True)
 
     def chunk(self) -> Group:
@@ -206,7 +212,7 @@ class _Trace:
             loss, sums = objectives.layers(aux, some)
             return (x, jnp.float32(loss)), sums
 
-        given = (params[STACK], self._stream(prog))
+        given = (params[STACK], self.stream(prog))
         blocks = self.model.blocks
         cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
         return dataclasses.replace(
@@ -243,11 +249,11 @@ class _Trace:
             objective = prog.experiment.objective
             return objectives.score(objective, model, model.final(x), some)
 
-        given = (rest, self._stream(prog))
+        given = (rest, self.stream(prog))
         return self._traced(prog, run, given, (_batch(prog, self.rows),))
 
-    def _stream(self, prog: Program) -> jax.ShapeDtypeStruct:
-        """The shapes of the residual stream."""
+    def stream(self, prog: Program) -> jax.ShapeDtypeStruct:
+        """Returns the shapes of the residual stream."""
         tokens = _batch(prog, self.rows)["tokens"]
         dtype = self.model.compute(prog.layout.platform)
         with sharding.use(prog.layout):
@@ -294,7 +300,7 @@ class _Trace:
 
         with sharding.use(prog.layout):
             traced = jax.make_jaxpr(both)(given, others)
-        found = jaxprs.gradient(traced, MARK, _pairs(prog, blocks))
+        found = jaxprs.gradient(traced, MARK, _unsaid(prog, blocks))
         ahead, behind = found.forward, found.backward
         kept = sum(
             size for shape, size in found.kept if not loop or shape[:1] == (REPEATS,)
@@ -375,16 +381,21 @@ def _words(blocks: Sequence[stack.Block.Config]) -> str:
     return ", ".join(dict.fromkeys(kinds))
 
 
-def _pairs(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Pairs | None:
-    """Pairs of blocks that attention computes on a device: the mean of these layers."""
-    found = [p for p in (_pairs_of(prog, block) for block in blocks) if p]
+def _unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid:
+    """What traces of these layers do not say: of attention, the mean of the layers."""
+    found = [p for p in (_pairs(prog, block) for block in blocks) if p]
+    # A device has room for all tokens of those that share the experts, and its part of them.
+    rows = 1 / prog.layout.size("expert")
+    # XLA for GPUs puts off what nothing waits for.
+    late = prog.layout.platform == "gpu"
     if not found:
-        return None
-    mean = sum(p.computed for p in found) / len(found)
-    return dataclasses.replace(found[0], computed=mean)
+        return jaxprs.Unsaid(rows=rows, late=late)
+    pairs = sum(count for count, _ in found) / len(found)
+    return jaxprs.Unsaid(pairs=pairs, hops=found[0][1], rows=rows, late=late)
 
 
-def _pairs_of(prog: Program, block: stack.Block.Config) -> jaxprs.Pairs | None:
+def _pairs(prog: Program, block: stack.Block.Config) -> tuple[float, int] | None:
+    """Pairs of blocks that attention computes on a device, and in how many loops."""
     mixer, layout = block.mixer, prog.layout
     if not isinstance(mixer, Attention.Config | Latent.Config):
         return None
@@ -398,14 +409,12 @@ def _pairs_of(prog: Program, block: stack.Block.Config) -> jaxprs.Pairs | None:
     how = case.choose(mixer.implementation)
     if how not in ("blockwise", "splash"):
         return None
-    ring = row.shards > 1 and case.share(mixer.context) == "ring"
-    n, size = (
-        row.shards,
-        case.block() if how == "blockwise" else attend.tile(row.length, row.length),
-    )
+    n = row.shards
+    size = case.block() if how == "blockwise" else attend.tile(row.length, row.length)
     # Of rows that are one document each: packed ones need no more.
     place = sharding.order(row.length, n).astype(np.int32)[None]
     tokens = Tokens(place, np.ones_like(place))
     mask = dataclasses.replace(case.mask, ordered=n == 1)
     needed = blockwise.needed(mask, size, tokens, tokens)
-    return jaxprs.Pairs(float(needed.sum()) / n, n if ring else 1)
+    ring = n > 1 and case.share(mixer.context) == "ring"
+    return float(needed.sum()) / n, n if ring else 1

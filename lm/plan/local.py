@@ -1,6 +1,8 @@
 """A device's own part of arrays and of products, from the types of a traced program."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,23 +34,78 @@ def size(aval: Any) -> int:
     return math.prod(local(aval)) * dtype.itemsize
 
 
-def product(eqn: Any) -> tuple[float, int]:
-    """Returns the operations of a product on a device, and the entries of its own result."""
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product on a device."""
+
+    flops: float  # a multiply-add is two
+    entries: int  # of its result, before it is reduced to shares
+    gathered: int  # bytes of operands that are gathered for it
+
+
+def product(eqn: Any) -> Product:
+    """Returns what a device does of a product.
+
+    Each mesh axis splits the work once. Where it would split both operands, but not along one
+    dimension that they share, XLA gathers one: that whose dimension the result does not have, or
+    does not have split.
+    """
+    x, w, out = (v.aval for v in (*eqn.invars[:2], *eqn.outvars))
     if eqn.primitive.name == "conv_general_dilated":
-        out, kernel = local(eqn.outvars[0].aval), local(eqn.invars[1].aval)
-        spec = eqn.params["dimension_numbers"].rhs_spec
-        taps = math.prod(kernel) // kernel[spec[0]]
-        return 2.0 * math.prod(out) * taps, math.prod(out)
-    x, w = (local(v.aval) for v in eqn.invars[:2])
-    if eqn.primitive.name == "ragged_dot":
-        return 2.0 * math.prod(x) * w[-1], math.prod(x[:-1]) * w[-1]
+        taps = (
+            math.prod(local(w)) // local(w)[eqn.params["dimension_numbers"].rhs_spec[0]]
+        )
+        return Product(2.0 * math.prod(local(out)) * taps, math.prod(local(out)), 0)
+    if eqn.primitive.name.startswith("ragged_dot"):
+        return _ragged(eqn)
     (x_sum, w_sum), (x_batch, w_batch) = eqn.params["dimension_numbers"]
-    # Of a dimension that only one side has in shares, each device takes its own of both.
-    summed = math.prod(min(x[i], w[j]) for i, j in zip(x_sum, w_sum, strict=True))
-    batch = math.prod(min(x[i], w[j]) for i, j in zip(x_batch, w_batch, strict=True))
-    rows = math.prod(n for i, n in enumerate(x) if i not in (*x_sum, *x_batch))
-    columns = math.prod(n for i, n in enumerate(w) if i not in (*w_sum, *w_batch))
-    return 2.0 * batch * rows * columns * summed, batch * rows * columns
+    x_axes, w_axes, out_axes = (_axes(a) for a in (x, w, out))
+    devices = _mesh(x)
+    summed = math.prod(x.shape[i] for i in x_sum)
+    flops = 2.0 * math.prod(out.shape) * summed
+    shared = {*zip(x_sum, w_sum, strict=True), *zip(x_batch, w_batch, strict=True)}
+    twice = {
+        a for a in x_axes.keys() & w_axes.keys() if (x_axes[a], w_axes[a]) not in shared
+    }
+    lost = (
+        [a for a in twice if x_axes[a] in x_sum],
+        [a for a in twice if w_axes[a] in w_sum],
+    )
+    for a in twice.difference(*lost):  # the result has one of both
+        first = [i for i in range(len(x.shape)) if i not in (*x_sum, *x_batch)]
+        of_x = a in out_axes and out_axes[a] == len(x_batch) + first.index(x_axes[a])
+        lost[of_x].append(a)
+    gathered = sum(
+        size(operand) * math.prod(devices[a] for a in axes)
+        for operand, axes in zip((x, w), lost, strict=True)
+        if axes
+    )
+    used = x_axes.keys() | w_axes.keys()
+    kept = {a for a, i in x_axes.items() if i not in x_sum}
+    kept |= {a for a, i in w_axes.items() if i not in w_sum}
+    return Product(
+        flops / math.prod(devices[a] for a in used),
+        math.prod(out.shape) // math.prod(devices[a] for a in kept),
+        gathered,
+    )
+
+
+def _ragged(eqn: Any) -> Product:
+    """Rows in groups, each with a matrix: [m, k] x [g, k, n] -> [m, n], or from the two others."""
+    x, out = local(eqn.invars[0].aval), local(eqn.outvars[0].aval)
+    return Product(2.0 * math.prod(x) * out[-1], math.prod(out), 0)
+
+
+def _mesh(aval: Any) -> Mapping[str, int]:
+    where = getattr(aval, "sharding", None)
+    return {} if where is None else where.mesh.shape
+
+
+def _axes(aval: Any) -> dict[str, int]:
+    """Which dimension each mesh axis splits."""
+    where = getattr(aval, "sharding", None)
+    spec = () if where is None else where.spec
+    return {a: i for i, entry in enumerate(spec) for a in sharding.names(entry)}
 
 
 def attention(eqn: Any, kernel: str) -> float:
