@@ -71,12 +71,12 @@ def _print(console: Console, table: tables.Table) -> None:
     for i, name in enumerate(table.head):
         words = i in table.words
         side = "left" if words else "right"
-        made.add_column(name, justify=side, no_wrap=not words, overflow="fold")
+        made.add_column(Text(name), justify=side, no_wrap=not words, overflow="fold")
     if table.shares:
         made.add_column("")
     bars = [*_bars(table), *([] for _ in table.rows)]
     for row, bar in zip(table.rows, bars, strict=False):
-        made.add_row(*row, *bar)
+        made.add_row(*map(Text, row), *bar)
     console.print(Text(table.title, "bold"))
     console.print(made)
     if table.note:
