@@ -45,7 +45,7 @@ def of(
             prog.experiment.objective,
             prog.model(params),
             batch,
-            _keys(prog, batch, step),
+            row_keys(prog, batch, step),
             prog.packed,
         )
         return total / count, {**sums, "loss": total / count}
@@ -145,7 +145,8 @@ def _parts(batch: objectives.Batch, A: int, M: int, R: int, lead: Any) -> Any:
     return jax.tree.map(split, batch)
 
 
-def _keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
+def row_keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
+    """Returns the keys of a batch's dropout, [B, T]; None without dropout."""
     if not prog.experiment.model.dropout:
         return None
     length = batch["tokens"].shape[1]
@@ -174,13 +175,13 @@ def _staged(
 
     def embed(rest: Params, batch: objectives.Batch) -> Array:
         model = prog.model({**params, **rest})
-        keys = _keys(prog, batch, step)
+        keys = row_keys(prog, batch, step)
         return model.embed(batch["tokens"], batch["positions"], keys)
 
     def stage(chunk: Any, x: Array, batch: objectives.Batch, ids: Array) -> Any:
         model = prog.model({**params, STACK: chunk})
         tokens = Tokens(batch["positions"], batch["segments"])
-        side = model.side(tokens, _keys(prog, batch, step), prog.packed)
+        side = model.side(tokens, row_keys(prog, batch, step), prog.packed)
         x, aux = model.stage(x, side, prog.chunks, ids)
         loss, sums = objectives.layers(aux, batch)
         return x, jnp.float32(loss) / count, sums

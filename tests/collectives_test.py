@@ -179,9 +179,17 @@ def test_experts_send_there_and_back():
 
 
 def test_what_has_no_formula_is_refused():
+    with toy.refused("model=Recurrent", "no formula for what mesh.tensor sends"):
+        summed("tensor", "model=Recurrent", "mesh.tensor=2")
+
+
+def test_tokens_without_drops_are_counted_as_in_balance():
     sets = ("mesh.expert=8", "model.ffn=Moe", "model.ffn.dispatch=Dropless")
-    with toy.refused("Dropless", "no minimum is written down"):
-        summed("experts", *sets)
+    prog = toy.program(*sets)
+    rows = prog.experiment.train.batch_size // 8 * prog.experiment.data.length
+    chosen = 2 * rows * prog.experiment.model.ffn.top_k * prog.experiment.model.dim
+    layers = prog.experiment.model.layers
+    assert summed("experts", *sets) == {"all-to-all": layers * 4 * chosen * 7 / 8}
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,11 @@ def _cudnn(mask, q, k, v):
     return out, lse.transpose(0, 2, 1)
 
 
+def tile(queries: int, keys: int) -> int:
+    """Returns the length of the blocks of the kernel for TPUs."""
+    return max(b for b in (128, 256, 512) if queries % b == 0 and keys % b == 0)
+
+
 def _splash(mask, q, k, v, q_seg, kv_seg):
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
@@ -281,7 +286,7 @@ def _splash(mask, q, k, v, q_seg, kv_seg):
     else:
         one = masks.CausalMask((T, S)) if mask.causal else masks.FullMask((T, S))
     heads = masks.MultiHeadMask([one] * q.shape[2])
-    block = max(b for b in (128, 256, 512) if T % b == 0 and S % b == 0)
+    block = tile(T, S)
     sizes = kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,

@@ -71,11 +71,14 @@ class Attention(nnx.Module):
                 ordered=ordered,
             )
 
+        def case(self, row: attend.Row, head_dim: int) -> attend.Case:
+            """Returns what attention over such rows needs."""
+            H = self.head_dim or head_dim
+            return row.case(H, self.mask(H), packed=not self.causal, lse=self.sinks)
+
         def how(self, row: attend.Row, head_dim: int) -> str:
             """Returns in words how attention over such rows is computed."""
-            H = self.head_dim or head_dim
-            case = row.case(H, self.mask(H), packed=not self.causal, lse=self.sinks)
-            return case.how(self.implementation, self.context)
+            return self.case(row, head_dim).how(self.implementation, self.context)
 
     def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,
                  out_std: float, norm: RmsNorm.Config, rngs: nnx.Rngs,

@@ -24,6 +24,7 @@ class Chip:
     kinds: tuple[str, ...]  # parts of jax's `device_kind`
     platform: Literal["tpu", "gpu", "cpu"]
     bf16: float  # operations a second
+    reach: float  # share of it that large products have been seen to take
     fp8: float  # the same; bf16's where it has none of its own
     int8: float
     hbm: int  # bytes
@@ -60,6 +61,8 @@ WATTS_V5E = "67 % fewer operations a joule than v6e: cloud.google.com/blog, Tril
 H100_SHEET = "NVIDIA H100 data sheet, SXM, dense"
 H200_SHEET = "NVIDIA H200 data sheet, SXM, dense"
 A100_SHEET = "NVIDIA A100 data sheet, SXM 80 GB, dense"
+MAMF = "github.com/stas00/ml-engineering, maximum achievable matmul FLOPS"
+ASSUMED = "assumed, not published; tests/published_test.py compares with published runs"
 B200_SHEET = "NVIDIA Blackwell architecture brief, HGX B200, dense"
 
 CHIPS = {
@@ -68,10 +71,11 @@ CHIPS = {
         Chip(
             name="v4", kinds=("TPU v4",), platform="tpu",
             bf16=275 * TERA, fp8=275 * TERA, int8=275 * TERA,
-            hbm=32 * GIB, bandwidth=1200 * GIGA,
+            reach=0.9, hbm=32 * GIB, bandwidth=1200 * GIGA,
             torus=3, links=300 * GIGA, network=6.25 * GIGA,
             watts=192, host_chips=4, host_ram=407 * 10**9, largest=4096,
             sources={
+                "reach": ASSUMED,
                 "bf16 int8 hbm bandwidth watts largest": f"{TPU}v4",
                 "fp8": "computed in bf16",
                 "torus links": f"{TPU}system-architecture-tpu-vm: 2400 Gb/s, 3D torus",
@@ -82,10 +86,11 @@ CHIPS = {
         Chip(
             name="v5e", kinds=("TPU v5 lite", "TPU v5e"), platform="tpu",
             bf16=197 * TERA, fp8=197 * TERA, int8=393 * TERA,
-            hbm=16 * GIB, bandwidth=819 * GIGA,
+            reach=0.9, hbm=16 * GIB, bandwidth=819 * GIGA,
             torus=2, links=200 * GIGA, network=3.125 * GIGA,
             watts=155, host_chips=8, host_ram=512 * GIB, largest=256,
             sources={
+                "reach": ASSUMED,
                 "bf16 int8 hbm bandwidth torus largest": f"{TPU}v5e",
                 "fp8": "computed in bf16",
                 "links": f"{TPU}v5e: 400 GB/s bidirectional",
@@ -97,10 +102,11 @@ CHIPS = {
         Chip(
             name="v5p", kinds=("TPU v5p", "TPU v5"), platform="tpu",
             bf16=459 * TERA, fp8=459 * TERA, int8=918 * TERA,
-            hbm=95 * GIB, bandwidth=2765 * GIGA,
+            reach=0.9, hbm=95 * GIB, bandwidth=2765 * GIGA,
             torus=3, links=600 * GIGA, network=6.25 * GIGA,
             watts=None, host_chips=4, host_ram=448 * 10**9, largest=6144,
             sources={
+                "reach": ASSUMED,
                 "bf16 fp8 hbm bandwidth torus largest": f"{TPU}v5p",
                 "int8": "cloud.google.com/blog, TPU v5p: 918 TOPS",
                 "links": f"{TPU}v5p: 1200 GB/s bidirectional",
@@ -112,10 +118,11 @@ CHIPS = {
         Chip(
             name="v6e", kinds=("TPU v6",), platform="tpu",
             bf16=918 * TERA, fp8=918 * TERA, int8=1836 * TERA,
-            hbm=32 * GIB, bandwidth=1640 * GIGA,
+            reach=0.9, hbm=32 * GIB, bandwidth=1640 * GIGA,
             torus=2, links=400 * GIGA, network=12.5 * GIGA,
             watts=432, host_chips=8, host_ram=1536 * GIB, largest=256,
             sources={
+                "reach": ASSUMED,
                 "bf16 fp8 int8 hbm bandwidth torus largest": f"{TPU}v6e",
                 "links": f"{TPU}v6e: 800 GB/s bidirectional",
                 "network": f"{TPU}v6e: 100 Gb/s a chip",
@@ -126,10 +133,11 @@ CHIPS = {
         Chip(
             name="7x", kinds=("TPU7x", "TPU v7"), platform="tpu",
             bf16=2307 * TERA, fp8=4614 * TERA, int8=4614 * TERA,
-            hbm=192 * GIB, bandwidth=7380 * GIGA,
+            reach=0.9, hbm=192 * GIB, bandwidth=7380 * GIGA,
             torus=3, links=600 * GIGA, network=12.5 * GIGA,
             watts=1085, host_chips=4, host_ram=960 * 10**9, largest=9216,
             sources={
+                "reach": ASSUMED,
                 "bf16 fp8 hbm bandwidth largest": f"{TPU}tpu7x",
                 "int8": "as fp8: not published",
                 "torus": f"{TPU}tpu7x: like v5p",
@@ -142,10 +150,11 @@ CHIPS = {
         Chip(
             name="a100", kinds=("A100",), platform="gpu",
             bf16=312 * TERA, fp8=312 * TERA, int8=624 * TERA,
-            hbm=80 * GIB, bandwidth=2039 * GIGA,
+            reach=0.87, hbm=80 * GIB, bandwidth=2039 * GIGA,
             torus=0, links=300 * GIGA, network=25 * GIGA,
             watts=400, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={
+                "reach": MAMF,
                 "bf16 int8 hbm bandwidth watts": A100_SHEET,
                 "fp8": "computed in bf16",
                 "torus links largest": f"{A100_SHEET}: 600 GB/s bidirectional, a switch",
@@ -155,10 +164,11 @@ CHIPS = {
         Chip(
             name="h100", kinds=("H100",), platform="gpu",
             bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA,
-            hbm=84_929_347_584, bandwidth=3350 * GIGA,
+            reach=0.8, hbm=84_929_347_584, bandwidth=3350 * GIGA,
             torus=0, links=450 * GIGA, network=50 * GIGA,
             watts=700, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={
+                "reach": MAMF,
                 "bf16 fp8 int8 bandwidth watts": H100_SHEET,
                 "hbm": "device_memory_size of lm/plan/h100.txtpb",
                 "torus links largest": f"{H100_SHEET}: 900 GB/s bidirectional, a switch",
@@ -168,10 +178,11 @@ CHIPS = {
         Chip(
             name="h200", kinds=("H200",), platform="gpu",
             bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA,
-            hbm=141 * 10**9, bandwidth=4800 * GIGA,
+            reach=0.8, hbm=141 * 10**9, bandwidth=4800 * GIGA,
             torus=0, links=450 * GIGA, network=50 * GIGA,
             watts=700, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={
+                "reach": f"{MAMF}: as h100",
                 "bf16 fp8 int8 hbm bandwidth watts": H200_SHEET,
                 "torus links largest": f"{H200_SHEET}: 900 GB/s bidirectional, a switch",
                 "network host_chips host_ram": "NVIDIA DGX H200: 400 Gb/s a GPU, 2 TB",
@@ -180,10 +191,11 @@ CHIPS = {
         Chip(
             name="b200", kinds=("B200",), platform="gpu",
             bf16=2250 * TERA, fp8=4500 * TERA, int8=4500 * TERA,
-            hbm=180 * 10**9, bandwidth=8000 * GIGA,
+            reach=0.78, hbm=180 * 10**9, bandwidth=8000 * GIGA,
             torus=0, links=900 * GIGA, network=50 * GIGA,
             watts=1000, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={
+                "reach": MAMF,
                 "bf16 fp8 int8 bandwidth watts": B200_SHEET,
                 "hbm": "docs.nvidia.com/dgx/dgxb200-user-guide: 1,440 GB for eight",
                 "torus links largest": f"{B200_SHEET}: 1.8 TB/s bidirectional, a switch",
@@ -230,6 +242,7 @@ def cpu(devices: int) -> Chip:
         kinds=("cpu",),
         platform="cpu",
         bf16=rate,
+        reach=1.0,
         fp8=rate,
         int8=rate,
         hbm=memory // devices,
@@ -241,7 +254,7 @@ def cpu(devices: int) -> Chip:
         host_chips=devices,
         host_ram=memory,
         largest=devices,
-        sources={"bf16 fp8 int8 bandwidth links network": "measured, fp32"},
+        sources={"bf16 reach fp8 int8 bandwidth links network": "measured, fp32"},
     )
 
 

@@ -16,9 +16,9 @@ LARGE = 2**20  # bytes on a device above which a copy is named
 def lines(prog: Program, state: TrainState) -> list[str]:
     """Returns lines for the user: bytes a device by what and by logical axis, and large copies."""
     whole = {
-        "parameters": _held(state.params),
-        "optimizer": _held(state.opt_state) + _held(state.ema),
-        "gradients": sum(_working(prog, path) for path in prog.shapes) * 4,  # fp32
+        "parameters": held(state.params),
+        "optimizer": held(state.opt_state) + held(state.ema),
+        "gradients": sum(working(prog, path) for path in prog.shapes) * 4,  # fp32
     }
     if gathered := gathered_bytes(prog):
         whole["weights gathered for a step"] = gathered
@@ -29,7 +29,7 @@ def lines(prog: Program, state: TrainState) -> list[str]:
 def gathered_bytes(prog: Program) -> int:
     """Returns the bytes of the weights that a device holds gathered (`pipeline.gather=step`)."""
     return sum(
-        _working(prog, path) * gathering.dtypes(prog, path)[1].itemsize
+        working(prog, path) * gathering.dtypes(prog, path)[1].itemsize
         for path, spec in prog.working.items()
         if spec != prog.specs[path]
     )
@@ -80,7 +80,7 @@ def _local(prog: Program, path: str) -> tuple[int, ...]:
     return place.shard_shape(prog.shapes[path].shape)
 
 
-def _working(prog: Program, path: str) -> int:
+def working(prog: Program, path: str) -> int:
     """Entries of a parameter that a device computes with."""
     place = prog.sharding(prog.working[path])
     return math.prod(place.shard_shape(prog.shapes[path].shape))
@@ -90,7 +90,7 @@ def _bytes(prog: Program, path: str) -> int:
     return math.prod(_local(prog, path)) * 4
 
 
-def _held(tree: object) -> int:
+def held(tree: object) -> int:
     """Bytes of a device's shards of a tree, real or abstract."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -55,6 +55,16 @@ class Target:
                 f"--target={self.name}: {self.slices} slices, but mesh.slices={config.slices}; "
                 f"set mesh.slices={self.slices} and an axis for them, mesh.slice_axis"
             )
+        try:
+            chosen = config.resolve(self.devices).sizes()
+        except ConfigError as error:
+            raise ConfigError(f"--target={self.name}: {error}") from error
+        if (count := math.prod(chosen.values())) != self.devices:
+            text = " x ".join(f"{a} {n}" for a, n in chosen.items() if n > 1)
+            raise ConfigError(
+                f"the mesh {text or 'of one device'} has {count} devices, --target={self.name} has "
+                f"{self.devices}; change an axis, or set one to -1, the rest"
+            )
         return sharding.abstract_layout(config, self.devices, self.chip.platform)
 
     def ways(self, sizes: Mapping[str, int]) -> dict[str, tuple[float, str]]:
