@@ -89,23 +89,28 @@ def test_the_roofline_has_its_bend_and_the_step_where_they_belong():
 
 
 def area(svg: ET.Element, kind: str) -> float:
-    """Returns the share of the picture's rectangles of a class that colours fill."""
+    """Returns the pixels down times the share across that a class of rectangles fills."""
     found = [r for r in svg.iter("rect") if kind in r.get("class", "").split()]
-    return sum(float(r.get("width", "").rstrip("%")) for r in found) / 100
+    sizes = [(r.get("width", "").rstrip("%"), r.get("height", "")) for r in found]
+    return sum(float(w) * float(h) / 100 for w, h in sizes)
 
 
-@pytest.mark.parametrize(("stages", "microbatches"), [(4, 16), (64, 256)])
-def test_the_timeline_draws_every_job_for_one_tick(stages, microbatches):
-    """In many ticks cells run together, but cover as much."""
-    table = timetable.make("1f1b", stages, microbatches)
-    svg = drawings.timeline(whole(timetable=report.ticks(table)))
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved"])
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 8), (16, 64)])
+def test_what_the_timeline_leaves_empty_is_the_bubble(schedule, stages, microbatches):
+    """Whether cells bear numbers or ticks alike run together."""
+    rounds = 1 + (schedule == "interleaved")
+    table = timetable.make(schedule, stages, microbatches, rounds)
+    ticks = tuple(t for t in report.ticks(table) if t.kind != "H")
+    svg = drawings.timeline(whole(timetable=ticks))
     assert svg is not None
-    wanted = stages * microbatches / len(table.forward)
-    for kind in ("kindF", "kindB"):
-        assert area(svg, kind) == pytest.approx(wanted, rel=2e-3)
+    full = float(svg.get("height", ""))
+    busy = area(svg, "kindF") + area(svg, "kindB")
+    assert 1 - busy / full == pytest.approx(table.bubble, abs=0.01)
+    assert area(svg, "kindB") == pytest.approx(2 * area(svg, "kindF"), rel=0.02)
     numbers = [t.text for t in svg.iter("text")]
-    assert ("15" in numbers) == (stages == 4)
-    assert len(ET.tostring(svg)) < 200_000
+    assert len(numbers) == (len(ticks) if stages == 2 else 0)
+    assert len(ET.tostring(svg)) < 50_000
 
 
 @pytest.mark.parametrize("data", [2, 64, 4096])
@@ -119,7 +124,7 @@ def test_the_mesh_is_cut_by_its_axes(data):
     assert "network, 50 GB/s a device" in links[1]
     assert "nvlink, 450 GB/s a device" in links[3]
     assert len([r for r in svg.iter("rect") if "near" in r.get("class", "")]) in (64, 8)
-    assert area(svg, "far") == pytest.approx(2, abs=0.01)  # two whole rows
+    assert area(svg, "far") == pytest.approx(2 * 20, rel=0.01)  # two whole rows
     one = plan(mesh={"data": 1}, devices=1, hosts=1)
     assert drawings.mesh(one) is None
     assert "mesh of one device" in page.html(one)

@@ -43,7 +43,7 @@ def parts() -> dict[str, Any]:
             checkpoint=96_360_000_000, checkpoint_seconds=12.0, disk_rate=1e9,
         ),
         "timetable": report.ticks(timetable.make("1f1b", 4, 16)),
-        "idle": 3 / 19,
+        "idle": timetable.make("1f1b", 4, 16).bubble,
         "compiled": report.Compiled(
             seconds=93.0, arguments=3_030_000_000, temporaries=42_500_000_000,
             output=12_000_000, sent={"all-reduce over tensor": 3.7e11}, refusal="",

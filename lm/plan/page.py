@@ -159,7 +159,7 @@ def _cards(plan: Plan) -> Element:
     pictures = (
         ("Roofline: what the chip allows", drawings.roofline(plan), ()),
         (
-            "Pipeline: stages down, ticks across",
+            "Pipeline: stages down, time across",
             drawings.timeline(plan),
             (_legend(plan),),
         ),

@@ -199,7 +199,7 @@ class Plan:
     speed: Speed | None = None
     host: Host | None = None
     timetable: tuple[Tick, ...] = ()
-    idle: float = 0.0  # share of ticks in which a stage waits
+    idle: float = 0.0  # share of a step in which a stage waits, `Timetable.bubble`
     compiled: Compiled | None = None
     advice: tuple[Advice, ...] = ()
     found: tuple[Candidate, ...] = ()  # by a search
