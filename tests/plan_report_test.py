@@ -47,6 +47,7 @@ def test_every_number_of_json_has_a_unit_or_needs_none():
         "slices",
         "steps",
         "idle",
+        "reach",
         "mfu",
         "days",
         "kwh",
@@ -103,7 +104,7 @@ def test_the_terminal_says_all_that_types_know_and_nothing_else():
     text = shown(plan())
     assert "h100:8x8: 64 h100 in 8 hosts; mesh pipe 4 × data 2 × tensor 8" in text
     assert "--set mesh.pipe=4 --set mesh.tensor=8" in text
-    assert "Fits: a device needs 39.7 GB of 84.9 GB (47%, 45.2 GB free)." in text
+    assert "The state of training alone is 39.7 GB of a device's 84.9 GB (47%)." in text
     assert row(text, "optimizer state") == ["optimizer state", "2.01 GB", "2.4%"]
     assert row(text, "activations: attention")[1:] == ["8.6 GB", "10.1%"]
     assert row(text, "together")[1:] == ["39.7 GB", "46.7%"]
@@ -145,7 +146,7 @@ def test_the_terminal_says_all_of_a_whole_plan():
     assert "done: 1.38 times" in text
     sent = row(text, "weights: gradients")[1:]
     assert sent == [
-        *("reduce-scatter", "data × fsdp", "network", "502 MB", "10ms", "100.0%")
+        *("reduce-scatter", "data × fsdp", "network", "502 MB", "10ms", "70.0%")
     ]
     assert row(text, "RAM")[1:] == ["48 GB", "of 2 TB (2.4%)"]
     assert row(text, "data  ")[1] == "274 kB/s"
@@ -155,7 +156,10 @@ def test_the_terminal_says_all_of_a_whole_plan():
     assert row(text, "sent: all-reduce over tensor")[1] == "370 GB"
     advised = "--set mesh.tensor=4 --set mesh.data=4 --set 'model.remat=(a, b)'"
     assert advised in text.splitlines()
-    assert "halves the exposed transfers (step 6.6s, memory 61 GB)" in text
+    did = (
+        "memory 39.7 GB → 61 GB, step 7.65s → 6.6s (-14%): halves the exposed transfers"
+    )
+    assert did in text
     assert "Read this." in text
 
 
@@ -168,7 +172,11 @@ def test_what_is_not_published_or_priced_is_left_out():
 def test_what_does_not_fit_is_said_with_what_is_missing():
     held = dataclasses.replace(plan().memory, optimizer=60 * 10**9)
     large = "Does not fit: a device needs 97.7 GB of 84.9 GB, 12.8 GB too much."
-    assert large in shown(plan(memory=held))
+    text = shown(plan(memory=held))
+    assert large in text
+    assert row(text, "there is") == ["there is", "84.9 GB", "100.0%"]
+    free = "Fits: a device needs 39.7 GB of 84.9 GB (47%, 45.2 GB free)."
+    assert free in shown(plan(depth="model"))
     refused = dataclasses.replace(parts()["compiled"], refusal="needs 91.2G of 79.1G")
     assert "Does not fit, says the compiler: needs 91.2G of 79.1G." in shown(
         whole(compiled=refused)

@@ -150,7 +150,7 @@ def timeline(plan: Plan) -> Element | None:
     ends = list(itertools.accumulate(lasts, initial=0))
     stages = 1 + max(t.stage for t in plan.timetable)
     numbered = ends[-1] <= NUMBERED
-    row = 42 if numbered else max(4, min(24, 480 // stages))
+    row = 54 if numbered else max(4, min(24, 480 // stages))
     drawn = [node("rect", width="100%", height=_n(stages * row), class_="idle")]
     for first, length in _runs(plan.timetable, kinds, merged=not numbered):
         tick = first.tick
