@@ -36,8 +36,10 @@ def test_the_page_needs_nothing_else_and_pictures_say_what_they_show(one, tmp_pa
         named = picture.get("aria-labelledby", "").split()
         assert len(named) == 2 and set(named) <= set(ids)
     cells = {"".join(e.itertext()).strip() for e in root.iter("td")}
-    for table in tables.of(one):
+    for table in (*tables.of(one), tables.ranked(one.found)):
         assert {c for r in table.rows for c in r} <= cells
+    lines = {e.text for e in root.iter("pre")}
+    assert {tables.sets(a.change) for a in (*one.advice, *one.found[1:])} <= lines
 
 
 def test_names_are_escaped():

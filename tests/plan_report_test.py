@@ -190,6 +190,7 @@ def test_no_line_is_wider_than_the_terminal_but_those_to_paste(width):
     lines = [x for x in text.splitlines() if not x.startswith("--set")]
     assert max(map(len, lines)) <= width
     assert "…" not in text
+    assert "--set mesh.tensor=4 --set mesh.data=4 --set 'model.remat=(a, b)'" in text
     assert "pipeline.microbatches=32" in text or width < 80
 
 

@@ -211,7 +211,8 @@ def transfers(plan: Plan) -> Table | None:
         return None
     sums: dict[tuple[str, ...], list[float]] = {}
     for t in plan.transfers:
-        alike = sums.setdefault((t.what, t.kind, " × ".join(t.axes), t.link), [0.0] * 3)
+        kind = t.kind.removeprefix("collective-")  # collective-permute
+        alike = sums.setdefault((t.what, kind, " × ".join(t.axes), t.link), [0.0] * 3)
         for i, number in enumerate((t.bytes, t.seconds, t.hidden)):
             alike[i] += number
     ordered = sorted(sums.items(), key=lambda row: -row[1][1])
