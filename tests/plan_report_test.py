@@ -217,3 +217,11 @@ def test_names_are_no_markup():
     name = "[bold]x[/bold] :smile: [/]"
     text = shown(plan(experiment=name, about=name, notes=(name,), parameters={name: 1}))
     assert text.count(name) == 4
+
+
+def test_a_terminal_without_the_signs_gets_the_numbers(monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", ascii_only)
+    tell.show(plan())
+    ascii_only.seek(0)
+    assert "mesh pipe 4 ? data 2" in ascii_only.read()

@@ -1,5 +1,7 @@
 """A plan on the terminal: sentences, tables and bars; plain text where it is none."""
 
+import io
+import sys
 from collections.abc import Iterator, Sequence
 
 from rich.bar import Bar
@@ -55,6 +57,8 @@ def search(found: Sequence[Candidate], console: Console | None = None) -> None:
 
 
 def _console() -> Console:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of an encoding without × or bars
     console = Console(highlight=False, emoji=False, markup=False)
     console.width = min(console.width, WIDTH)
     return console
