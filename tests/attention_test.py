@@ -218,7 +218,7 @@ CHOICES = [
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda: 9.0)
+    monkeypatch.setattr(attend, "_capability", lambda layout: 9.0)
 
 
 @pytest.mark.parametrize(("change", "choice"), CHOICES)
@@ -257,7 +257,7 @@ def test_one_asked_for_by_name_is_refused_with_the_reason_and_a_fix(
 
 
 def test_an_old_gpu_gets_no_cudnn(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda: 7.5)
+    monkeypatch.setattr(attend, "_capability", lambda layout: 7.5)
     assert LONG.choose("auto") == "blockwise"
     with pytest.raises(ConfigError, match=r"compute capability 8, here it is 7\.5"):
         LONG.choose("cudnn")
@@ -330,8 +330,6 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     ],
 )
 def test_a_run_can_say_how_attention_is_computed(mesh, length, said):
-    shards = toy.layout(sharding.MeshConfig(**mesh)).size("length")
-    row = attend.Row(
-        platform="cpu", length=length, dtype="float32", packed=True, shards=shards
-    )
+    layout = toy.layout(sharding.MeshConfig(**mesh))
+    row = attend.Row(layout=layout, length=length, dtype="float32", packed=True)
     assert Attention.Config().how(row, 64) == said

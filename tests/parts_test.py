@@ -100,7 +100,7 @@ def test_a_mesh_writes_the_same_text(kind):
 
 @pytest.mark.parametrize("name", ["cudnn", "splash"])
 def test_sinks_want_a_log_sum_exp_that_has_a_gradient(name, monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda: 9.0)
+    monkeypatch.setattr(attend, "_capability", lambda layout: 9.0)
     platform = {"cudnn": "gpu", "splash": "tpu"}[name]
     case = attend.Case(
         platform=platform, queries=2048, keys=2048, head_dim=64, dtype="bfloat16",

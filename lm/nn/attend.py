@@ -15,10 +15,11 @@ Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, 
 import dataclasses
 import functools
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float
 
 from lm import sharding
@@ -29,6 +30,7 @@ from lm.nn.blockwise import Mask, Tokens
 Implementation = Literal["auto", "einsum", "blockwise", "cudnn", "splash"]
 Context = Literal["auto", "ring", "gather"]
 SHORT = 1024 * 1024  # T x S up to which forming the scores is cheap
+IN_NAME = "dot_product_attention"  # of cuDNN, in traces for GPUs that are not here
 GATHERED = (
     8192  # S up to which all keys and values are small beside the rest of a layer
 )
@@ -49,6 +51,7 @@ class Case:
     mask: Mask
     shards: int = 1  # devices that split the row
     lse: bool = False  # the log-sum-exp is used, and its gradient
+    capability: float = 0.0  # compute capability of the GPU
 
     def how(self, asked: Implementation, context: Context) -> str:
         """Returns in words how it is computed."""
@@ -70,8 +73,11 @@ class Case:
         if implementation == "cudnn":
             if self.platform != "gpu":
                 return f"it needs an NVIDIA GPU, this is {self.platform}"
-            if (capability := _capability()) < 8:
-                return f"it needs an NVIDIA GPU of compute capability 8, here it is {capability:g}"
+            if self.capability < 8:
+                return (
+                    "it needs an NVIDIA GPU of compute capability 8, here it is "
+                    f"{self.capability:g}"
+                )
             if self.dtype not in ("bfloat16", "float16"):
                 return f"it computes in bfloat16 or float16, not {self.dtype}"
             if self.packed:
@@ -154,18 +160,23 @@ class Case:
 class Row:
     """Rows of a train step, which attend to themselves."""
 
-    platform: str
+    layout: sharding.Layout
     length: int  # tokens
     dtype: str
     packed: bool
-    shards: int = 1  # devices that split the row
+
+    @property
+    def shards(self) -> int:
+        """Devices that split the row."""
+        return self.layout.size("length")
 
     def case(
         self, head_dim: int, mask: Mask, packed: bool = False, lse: bool = False
     ) -> Case:
         """Returns what attention over the rows needs; `packed` where it does whatever they are."""
         return Case(
-            platform=self.platform,
+            platform=self.layout.platform,
+            capability=_capability(self.layout),
             queries=self.length,
             keys=self.length,
             head_dim=head_dim,
@@ -200,6 +211,7 @@ def attend(
     layout = sharding.current()
     case = Case(
         platform=layout.platform,
+        capability=_capability(layout),
         queries=q_BTKGH.shape[1],
         keys=k_BSKH.shape[1],
         head_dim=q_BTKGH.shape[4],
@@ -251,20 +263,53 @@ def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg):
     return (_splash(mask, q, k, v, q_seg, kv_seg).reshape(B, T, K, G, H),)
 
 
-def _capability() -> float:
-    """Compute capability of the GPU that this process has; 0 without one."""
-    if jax.default_backend() != "gpu":
+def _capability(layout: sharding.Layout) -> float:
+    """Compute capability of a mesh's GPUs; those that exist in name only can all."""
+    if layout.platform != "gpu":
         return 0.0
-    return float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    if isinstance(layout.mesh, AbstractMesh):
+        return math.inf
+    return float(getattr(layout.mesh.devices.flat[0], "compute_capability", 0))
 
 
 def _cudnn(mask, q, k, v):
+    if isinstance(sharding.current().mesh, AbstractMesh):
+        return _in_name(mask.causal, q, k, v)
     window = None if mask.window is None else (mask.window - 1, 0)
     out, lse = jax.nn.dot_product_attention(
         q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window,
         implementation="cudnn", return_residual=True,
     )  # fmt: skip
     return out, lse.transpose(0, 2, 1)
+
+
+def _name(which: str, causal: bool) -> str:
+    return f"{IN_NAME}_{which}{'_causal' if causal else ''}"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_name(causal: bool, q: Any, k: Any, v: Any) -> Any:
+    """Types of what cuDNN's attention returns, where no GPU is: to trace, not to run."""
+    B, T, N, _ = q.shape
+    lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    call = jax.ffi.ffi_call(_name("fwd", causal), (q, lse), vmap_method="broadcast_all")
+    return call(q, k, v)
+
+
+def _in_name_forward(causal: bool, q: Any, k: Any, v: Any) -> Any:
+    out, lse = _in_name(causal, q, k, v)
+    return (out, lse), (q, k, v, out, lse)
+
+
+def _in_name_backward(causal: bool, kept: Any, grads: Any) -> Any:
+    q, k, v, *_ = kept
+    call = jax.ffi.ffi_call(
+        _name("bwd", causal), (q, k, v), vmap_method="broadcast_all"
+    )
+    return call(*kept, grads[0])
+
+
+_in_name.defvjp(_in_name_forward, _in_name_backward)
 
 
 def tile(queries: int, keys: int) -> int:

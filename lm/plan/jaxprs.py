@@ -13,6 +13,7 @@ from typing import Any
 from jax.extend import core
 from jax.sharding import AxisType
 
+from lm.nn import attend
 from lm.plan import local
 
 # Another view of the same bytes.
@@ -218,8 +219,8 @@ class _Walk:
             return [self.update(ins, sizes[0])]
         if name in STORED or name.startswith("reduce"):
             return self.kernel(ins, sizes)
-        if "dot_product_attention" in name:
-            return self.kernel(ins, sizes, flops=local.attention(eqn))
+        if attend.IN_NAME in (kernel := eqn.params.get("target_name", name)):
+            return self.kernel(ins, sizes, flops=local.attention(eqn, kernel))
         return [self.fused(ins, n, part=name in PARTS) for n in sizes]
 
     def fused(self, ins: Sequence[_Value], n: int, part: bool = False) -> _Value:

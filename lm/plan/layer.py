@@ -75,11 +75,40 @@ class Costs:
     head: Cost  # norm, logits and loss, whose forward forms the gradient too
 
 
-def costs(prog: Program) -> Costs:
-    """Returns what the parts of a model cost a device, for one microbatch."""
-    trace = _Trace(prog)
+def costs(prog: Program, rough: bool = False) -> Costs:
+    """Returns what the parts of a model cost a device, for one microbatch.
+
+    Where it may be `rough`, as for thousands of candidates, costs are read from traces of one and
+    of two rows and grow with the rows, and weights that are stored in shares have two.
+    """
+    count = rows(prog)
+    if not rough:
+        return _costs(prog, count)
+    mesh = prog.layout.mesh.shape
+    shares = {a: min(mesh[a], 2) for a in sharding.GATHERED}
+    prog = dataclasses.replace(prog, layout=_sized(prog.layout, shares))
+    if count <= 2:
+        return _costs(prog, count)
+    return _grown(_costs(prog, 1), _costs(prog, 2), count)
+
+
+def _costs(prog: Program, count: int) -> Costs:
+    trace = _Trace(prog, count)
     blocks = [trace.chunk()] if prog.staged else trace.groups()
     return Costs(blocks=tuple(blocks), embed=trace.embed(), head=trace.head())
+
+
+def _grown(one: Any, two: Any, count: int) -> Any:
+    """Returns costs of so many rows by those of one and of two: a line through both."""
+    if isinstance(one, tuple):
+        return tuple(_grown(a, b, count) for a, b in zip(one, two, strict=True))
+    if dataclasses.is_dataclass(one) and not isinstance(one, Group):
+        names = [f.name for f in dataclasses.fields(one)]
+        grown = {n: _grown(getattr(one, n), getattr(two, n), count) for n in names}
+        return dataclasses.replace(one, **grown)  # type: ignore[type-var]
+    if isinstance(one, Group):
+        return dataclasses.replace(one, cost=_grown(one.cost, two.cost, count))
+    return type(one)(one + (count - 1) * (two - one))
 
 
 def rows(prog: Program) -> int:
@@ -105,17 +134,18 @@ class _Trace:
     chunk; a mesh that leaves them out has the same shapes on each device.
     """
 
-    def __init__(self, prog: Program):
+    def __init__(self, prog: Program, count: int):
         e = prog.experiment
-        self.model, self.rows = e.model, rows(prog)
+        self.model, self.rows = e.model, count
         rules = prog.layout.rules
         out = {a for name in (*prog.copies, "replica") for a in getattr(rules, name)}
         ends = dataclasses.replace(prog, layout=_without(prog.layout, out))
         self.ends = ends  # the vocabulary is split over stages, too
         inner = _without(ends.layout, set(ends.layout.axes("layers")))
         self.inner = dataclasses.replace(prog, layout=inner)
+        self.remat = e.model.remat
         self.key = (
-            *(repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
+            *(_repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
             *(
                 self.rows,
                 prog.whole,
@@ -134,7 +164,7 @@ class _Trace:
                 what=_words(unit),
                 count=count,
                 layers=len(unit),
-                cost=_once(("group", i, *self.key), functools.partial(self._group, i)),
+                cost=_once(("group", i, self.remat, *self.key), functools.partial(self._group, i)),
             )
             for i, (count, unit) in enumerate(units)
         ]
@@ -158,7 +188,7 @@ class _Trace:
     def chunk(self) -> Group:
         """The layers that a stage runs at a time."""
         blocks = self.model.blocks
-        made = _once(("chunk", *self.key), self._chunk)
+        made = _once(("chunk", self.remat, *self.key), self._chunk)
         _, v, n = self.inner.places.shape
         return Group(what=_words(blocks), count=v, layers=n, cost=made)
 
@@ -285,9 +315,20 @@ class _Trace:
         )
 
 
+@functools.lru_cache(maxsize=64)
+def _repr(model: Any) -> str:
+    """Returns a model's config as text, without what only its layers ask for."""
+    return repr(dataclasses.replace(model, remat="none"))
+
+
 def _without(layout: sharding.Layout, axes: set[str]) -> sharding.Layout:
     """Returns the layout on an abstract mesh with one device along these mesh axes."""
-    sizes = {a: 1 if a in axes else n for a, n in layout.mesh.shape.items()}
+    return _sized(layout, dict.fromkeys(axes, 1))
+
+
+def _sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
+    """Returns the layout on an abstract mesh with so many devices along these mesh axes."""
+    sizes = {**layout.mesh.shape, **changes}
     types = (AxisType.Explicit,) * len(sizes)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
     return dataclasses.replace(layout, mesh=mesh)
@@ -345,11 +386,10 @@ def _pairs_of(prog: Program, block: stack.Block.Config) -> jaxprs.Pairs | None:
     if not isinstance(mixer, Attention.Config | Latent.Config):
         return None
     row = attend.Row(
-        platform=layout.platform,
+        layout=layout,
         length=train.abstract_batch(prog)["tokens"].shape[1],
         dtype=str(prog.experiment.model.compute(layout.platform)),
         packed=prog.packed,
-        shards=layout.size("length"),
     )
     case = mixer.case(row, block.dim // block.heads)
     how = case.choose(mixer.implementation)

@@ -51,10 +51,10 @@ def product(eqn: Any) -> tuple[float, int]:
     return 2.0 * batch * rows * columns * summed, batch * rows * columns
 
 
-def attention(eqn: Any) -> float:
+def attention(eqn: Any, kernel: str) -> float:
     """Operations of cuDNN's attention: two products forward, five backward; half if causal."""
     q, k = (local(v.aval) for v in eqn.invars[:2])  # [B, T, N, H], [B, S, K, H]
-    products = 5 if "bwd" in eqn.primitive.name else 2
-    mask = str(eqn.params.get("mask_type", ""))
+    products = 5 if "bwd" in kernel else 2
+    mask = str(eqn.params.get("mask_type", kernel))
     seen = 0.5 if "CAUSAL" in mask.upper() else 1.0
-    return 2.0 * products * math.prod(q) * k[1] * seen
+    return 2.0 * products * math.prod(q) * k[-3] * seen

@@ -16,7 +16,7 @@ from lm import gradients, train
 from lm.config import ConfigError, nearest
 from lm.experiment import Experiment
 from lm.nn.moe import Moe
-from lm.plan import communication, compiling, memory, placement, report, speed, topology
+from lm.plan import compiling, memory, placement, report, speed, topology
 from lm.plan.report import Memory, Plan, Way
 from lm.plan.target import Target
 from lm.program import Program
@@ -129,7 +129,7 @@ def checked(prog: Program) -> None:
     """
     step: Any = train.make_train_step(prog)
     try:
-        step.shapes(train.abstract_state(prog), communication.batch(prog))
+        step.shapes(train.abstract_state(prog), train.abstract_batch(prog))
     except ConfigError:
         raise
     except Exception as error:

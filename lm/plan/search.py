@@ -40,13 +40,18 @@ class Found:
         return self.bytes <= wanted.chip.hbm
 
 
-def tried(experiment: Experiment, sets: Sequence[str], wanted: Target) -> Found | None:
-    """Returns what the model says of the experiment with these changes, None if it is refused."""
+def tried(
+    experiment: Experiment, sets: Sequence[str], wanted: Target, rough: bool = False
+) -> Found | None:
+    """Returns what the model says of the experiment with these changes, None if it is refused.
+
+    `rough` is milliseconds where layers like these were looked at before, see `layer.costs`.
+    """
     try:
         changed = config.override(experiment, list(sets))
         prog = train.program(changed, wanted.layout(changed.mesh))
-        held = memory.memory(prog)
-        computed = speed.work(prog)
+        held = memory.memory(prog, rough)
+        computed = speed.work(prog, rough)
         sent, _ = speed.refused(prog, wanted)
     except ConfigError:
         return None

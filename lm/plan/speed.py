@@ -33,13 +33,13 @@ FEED = 5e6  # tokens a second that a host's loader gives
 PROGRAM_RAM = 4 * 2**30  # of a host: Python, XLA and the input
 
 
-def work(prog: Program) -> Work:
-    """Returns what a device computes in a step."""
+def work(prog: Program, rough: bool = False) -> Work:
+    """Returns what a device computes in a step; `rough` as of `layer.costs`."""
     e = prog.experiment
     length, devices = e.data.length, prog.layout.mesh.size
     tokens = e.train.batch_size * length / devices
     one, full = (flops.forward(e.model, length, causal=c) for c in (True, False))
-    computed, moved = layer.step(prog)
+    computed, moved = _passes(prog, rough)
     return Work(
         forward_flops=one,
         forward_flops_full=full,
@@ -48,6 +48,25 @@ def work(prog: Program) -> Work:
         hardware_flops=computed,
         hbm_bytes=moved + _update_bytes(prog),
     )
+
+
+def _passes(prog: Program, rough: bool) -> tuple[float, float]:
+    """Returns the operations, and the bytes read and written, of all passes of a step. A stage
+    runs one chunk in each tick, idle or not; without stages a pass runs all layers."""
+    runs, parts = minimum.passes(prog), layer.costs(prog, rough)
+    groups = [
+        (1 if prog.staged else group.count, runs.forward, runs.backward, group.cost)
+        for group in parts.blocks
+    ]
+    groups.append((1, runs.forward, runs.backward, parts.embed))
+    groups.append((1, runs.head, runs.head, parts.head))
+    computed = moved = 0.0
+    for count, forward, backward, cost in groups:
+        computed += count * (
+            forward * cost.flops_forward + backward * cost.flops_backward
+        )
+        moved += count * (forward * cost.bytes_forward + backward * cost.bytes_backward)
+    return computed, moved
 
 
 def _update_bytes(prog: Program) -> float:
