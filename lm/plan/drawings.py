@@ -6,16 +6,15 @@ Colours are classes of the page's style sheet, so that they fit light and dark.
 import itertools
 import math
 import xml.etree.ElementTree as ET
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lm.plan import tables
-from lm.plan.report import Plan
+from lm.plan.report import Plan, Tick
 from lm.plan.tables import Share
 from lm.terminal import duration, human, size
 
 Element = ET.Element
-NUMBERED = 48  # ticks of a timetable up to which its cells bear numbers
+NUMBERED = 60  # forwards that a timetable lasts, up to which its cells bear numbers
 DRAWN = 128  # parts of a mesh that are drawn in a row at most
 KINDS = {"F": "forward", "H": "head and loss", "B": "backward"}
 
@@ -136,55 +135,80 @@ def roofline(plan: Plan, height: int = 300) -> Element | None:
 
 
 def timeline(plan: Plan) -> Element | None:
-    """Draws what each stage of a pipeline does in each tick; what is empty is its bubble."""
+    """Draws what each stage of a pipeline does in each tick; what stays empty is its bubble.
+
+    A forward lasts 1 and a backward 2, as in `Timetable.bubble`. In a tick that has both, a stage's
+    forward is in the upper third of its row, its backward below; a head is the foot of a forward.
+    """
     if not plan.timetable:
         return None
-    cells: dict[int, dict[int, list]] = defaultdict(lambda: defaultdict(list))
+    last = max(t.tick for t in plan.timetable)
+    kinds = [set() for _ in range(last + 1)]
     for t in plan.timetable:
-        cells[t.stage][t.tick].append(t)
-    stages, ticks = max(cells) + 1, 1 + max(t.tick for t in plan.timetable)
-    rounds = 1 + max(t.round for t in plan.timetable)
-    numbered = ticks <= NUMBERED
-    row = 42 if numbered else max(4, min(24, 480 // stages))
-    drawn = [
-        node("rect", width="100%", height=_n(stages * row), class_="idle"),
-    ]
-    for stage, does in sorted(cells.items()):
-        drawn += _stage(does, stage * row, row, ticks, rounds, numbered)
+        kinds[t.tick].add(t.kind)
+    lasts = ((not {*"FH"}.isdisjoint(k)) + 2 * ("B" in k) for k in kinds)
+    ends = list(itertools.accumulate(lasts, initial=0))
+    stages = 1 + max(t.stage for t in plan.timetable)
+    numbered = ends[-1] <= NUMBERED
+    row = 54 if numbered else max(4, min(24, 480 // stages))
+    drawn = [node("rect", width="100%", height=_n(stages * row), class_="idle")]
+    for first, length in _runs(plan.timetable, kinds, merged=not numbered):
+        tick = first.tick
+        left, right = (100 * ends[t] / ends[-1] for t in (tick, tick + length))
+        top, tall = _lane(first.kind, kinds[tick], row)
+        edge = " cell" if row > 8 else ""
+        drawn.append(
+            _rect(
+                left,
+                first.stage * row + top,
+                right - left,
+                tall,
+                f"kind{first.kind}{edge}",
+            )
+        )
+        if numbered and first.kind != "H":
+            middle = (left + right) / 2, first.stage * row + top + tall / 2
+            drawn.append(_text(*middle, _job(plan, first), "middle", "number"))
     most = max(t.microbatch for t in plan.timetable) + 1
-    cell = "numbers, letters: rounds" if rounds > 1 else "numbers"
     desc = (
-        f"{stages} stages (rows), {ticks} ticks (across), {most} microbatches"
-        f"{f' ({cell})' if numbered else ''}. A stage waits in {plan.idle:.1%} of its ticks."
+        f"{stages} stages (rows), {most} microbatches{' (numbers)' if numbered else ''}, "
+        f"{last + 1} ticks. A backward is drawn twice as long as a forward; a stage waits "
+        f"{plan.idle:.1%} of the time."
     )
     made = _svg("timeline", "Timetable of the pipeline", desc, stages * row, drawn)
     if numbered:
-        made.set("style", f"min-width:{ticks * 22}px")
+        made.set("style", f"min-width:{ends[-1] * 16}px")
     return made
 
 
-def _stage(
-    does: dict[int, list], y: float, row: float, ticks: int, rounds: int, numbered: bool
-) -> Iterable[Element]:
-    """A stage's cells, runs of ticks of the same kinds as one unless they bear numbers."""
+def _runs(
+    timetable: Sequence[Tick], kinds: Sequence[set[str]], *, merged: bool
+) -> Iterator[tuple[Tick, int]]:
+    """Yields the first of ticks in a row in which a stage does the same, and how many they are."""
+    ordered = sorted(timetable, key=lambda t: (t.stage, t.kind, t.tick))
+    for _, run in itertools.groupby(
+        enumerate(ordered),
+        lambda x: (
+            *(x[1].stage, x[1].kind, x[1].tick - x[0], frozenset(kinds[x[1].tick])),
+            None if merged else x[0],
+        ),
+    ):
+        found = [t for _, t in run]
+        yield found[0], len(found)
 
-    def like(tick: int) -> object:
-        run = tick - order[tick]  # the same for ticks without a gap
-        return tick if numbered else (run, tuple(t.kind for t in does[tick]))
 
-    order = {tick: i for i, tick in enumerate(sorted(does))}
-    gap, cell = (2, " cell") if row > 8 else (0, "")
-    for _, run in itertools.groupby(order, key=like):
-        found = list(run)
-        here = does[found[0]]
-        part = (row - gap) / len(here)
-        for i, t in enumerate(here):
-            left, width = 100 * t.tick / ticks, 100 * len(found) / ticks
-            top = y + gap / 2 + i * part
-            yield _rect(left, top, width, part, f"kind{t.kind}{cell}")
-            if numbered:
-                name = f"{t.microbatch}{chr(97 + t.round) if rounds > 1 else ''}"
-                yield _text(left + width / 2, top + part / 2, name, "middle", "number")
+def _lane(kind: str, there: set[str], row: float) -> tuple[float, float]:
+    """Where in a row a job is drawn, and how tall, in a tick that has jobs of kinds `there`."""
+    upper = 0 if there == {"B"} else row / 3 if "B" in there else row
+    if kind == "B":
+        return upper, row - upper
+    foot = upper / 4 if "H" in there else 0
+    return (upper - foot, foot) if kind == "H" else (0, upper - foot)
+
+
+def _job(plan: Plan, job: Tick) -> str:
+    letter = chr(97 + job.round) if any(t.round for t in plan.timetable) else ""
+    return f"{job.microbatch}{letter}"
 
 
 def mesh(plan: Plan) -> Element | None:

@@ -156,13 +156,16 @@ def _cards(plan: Plan) -> Element:
     cards = [_card(memory, drawings.memory(plan), wide=True)]
     if time is not None:
         cards.append(_card(time, drawings.time(plan), wide=True))
-    if picture := drawings.roofline(plan):
-        cards.append(_picture("Roofline: what the chip allows", picture))
-    if picture := drawings.timeline(plan):
-        title = "Pipeline: stages down, ticks across"
-        cards.append(_picture(title, picture, _legend(plan)))
-    if picture := drawings.mesh(plan):
-        cards.append(_picture("Mesh, slowest links first", picture))
+    pictures = (
+        ("Roofline: what the chip allows", drawings.roofline(plan), ()),
+        (
+            "Pipeline: stages down, time across",
+            drawings.timeline(plan),
+            (_legend(plan),),
+        ),
+        ("Mesh, slowest links first", drawings.mesh(plan), ()),
+    )
+    cards += [_picture(t, p, *before) for t, p, before in pictures if p is not None]
     drawn = {memory.title, time.title if time else ""}
     cards += [
         _card(t, wide=len(t.head) > 4) for t in found.values() if t.title not in drawn

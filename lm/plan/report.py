@@ -118,7 +118,7 @@ class Advice:
     change: tuple[str, ...]  # arguments of --set
     memory: int  # bytes on a device with it
     step: float  # seconds
-    effect: str  # in words
+    effect: str = ""  # in words, beside the numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class Plan:
     speed: Speed | None = None
     host: Host | None = None
     timetable: tuple[Tick, ...] = ()
-    idle: float = 0.0  # share of ticks in which a stage waits
+    idle: float = 0.0  # share of a step in which a stage waits, `Timetable.bubble`
     compiled: Compiled | None = None
     advice: tuple[Advice, ...] = ()
     found: tuple[Candidate, ...] = ()  # by a search
@@ -207,7 +207,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a device holds it, by the compiler's count where there is one."""
+        """Whether a device holds it, as far as the depth knows; the compiler's count goes first."""
         if self.compiled is not None:
             return not self.compiled.refusal and self.compiled.total <= self.chip.hbm
         return self.memory.total <= self.chip.hbm

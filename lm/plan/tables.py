@@ -8,7 +8,7 @@ from lm.plan.report import Candidate, Plan
 from lm.terminal import duration, human, size
 
 DEPTHS = {  # what the next depth would add
-    "types": "--depth=model adds work, transfers, seconds and hosts; --depth=compile the compiler",
+    "types": "--depth=model adds activations, seconds and advice; compile asks the compiler",
     "model": "--depth=compile asks the target's own compiler",
 }
 ADVICE = "What would change it"
@@ -86,6 +86,9 @@ def fit(plan: Plan) -> str:
     if compiled is not None and compiled.refusal:
         return f"Does not fit, says the compiler: {compiled.refusal}."
     needs = plan.memory.total if compiled is None else compiled.total
+    if plan.depth == "types" and plan.fits:
+        part = f"{needs / has:.0%}"
+        return f"The state of training alone is {size(needs)} of a device's {size(has)} ({part})."
     by = "" if compiled is None else " by the compiler's count"
     said = f"a device needs {size(needs)} of {size(has)}{by}"
     if plan.fits:
@@ -130,9 +133,11 @@ def memory(plan: Plan) -> Table:
     sums = {"together": total}
     if plan.compiled is not None:
         sums["by the compiler's count"] = plan.compiled.total
+    if max(sums.values()) > has:
+        sums["there is"] = has
     rows += [(name, size(n), _share(n / has)) for name, n in sums.items()]
     return Table(
-        title="Memory of a device, at a step's fullest moment",
+        title=f"Memory of a device, {'its state' if plan.depth == 'types' else 'at its fullest'}",
         head=("", "bytes", f"of {size(has)}"),
         rows=tuple(rows),
         shares=shares,
@@ -204,24 +209,19 @@ def work(plan: Plan) -> Table | None:
 def transfers(plan: Plan) -> Table | None:
     if not plan.transfers:
         return None
-    ordered = sorted(plan.transfers, key=lambda t: -t.seconds)
-    rows = [
-        (
-            t.what, t.kind, " × ".join(t.axes), t.link, size(t.bytes), duration(t.seconds),
-            _share(t.hidden / t.seconds) if t.seconds else "",
-        )
-        for t in ordered
-    ]  # fmt: skip
-    seconds, hidden = (
-        sum(t.seconds for t in ordered),
-        sum(t.hidden for t in ordered),
-    )
-    together = ("together", "", "", "", size(sum(t.bytes for t in ordered)))
-    hides = _share(hidden / seconds) if seconds else ""
+    sums: dict[tuple[str, ...], list[float]] = {}
+    for t in plan.transfers:
+        kind = t.kind.removeprefix("collective-")  # collective-permute
+        alike = sums.setdefault((t.what, kind, " × ".join(t.axes), t.link), [0.0] * 3)
+        for i, number in enumerate((t.bytes, t.seconds, t.hidden)):
+            alike[i] += number
+    ordered = sorted(sums.items(), key=lambda row: -row[1][1])
+    rows = [(*words, *_sent(*numbers)) for words, numbers in ordered]
+    every = [sum(column) for column in zip(*sums.values(), strict=True)]
     return Table(
         title="Transfers a device receives in a step",
         head=("what", "how", "over", "link", "bytes", "takes", "can hide"),
-        rows=(*rows, (*together, duration(seconds), hides)),
+        rows=(*rows, ("together", "", "", "", *_sent(*every))),
         words=(0, 1, 2, 3),
     )
 
@@ -322,8 +322,19 @@ def best(found: Sequence[Candidate]) -> list[Candidate]:
 def advice(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yields each change to paste, and what it does."""
     for a in plan.advice:
-        numbers = f"step {duration(a.step)}, memory {size(a.memory)}"
-        yield sets(a.change), f"{a.effect} ({numbers})"
+        said = f"memory {size(plan.memory.total)} → {size(a.memory)}"
+        if plan.time is not None:
+            change = f"{a.step / plan.time.step - 1:+.0%}"
+            said += f", step {duration(plan.time.step)} → {duration(a.step)} ({change})"
+        yield sets(a.change), f"{said}: {a.effect}" if a.effect else said
+
+
+def _sent(received: float, seconds: float, hidden: float) -> tuple[str, str, str]:
+    return (
+        size(received),
+        duration(seconds),
+        _share(hidden / seconds) if seconds else "",
+    )
 
 
 def _flops(name: str, causal: float, full: float) -> tuple[str, str, str]:

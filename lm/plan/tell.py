@@ -1,5 +1,7 @@
 """A plan on the terminal: sentences, tables and bars; plain text where it is none."""
 
+import io
+import sys
 from collections.abc import Iterator, Sequence
 
 from rich.bar import Bar
@@ -12,6 +14,7 @@ from lm.plan import tables
 from lm.plan.report import Candidate, Plan
 
 WIDTH = 120  # columns at most
+LEAST = 80  # columns that tables are made for; in fewer they read less well
 BAR = 32  # columns
 COLOURS = ("blue", "cyan", "green", "yellow", "red", "magenta", "bright_blue", "white")
 
@@ -54,6 +57,8 @@ def search(found: Sequence[Candidate], console: Console | None = None) -> None:
 
 
 def _console() -> Console:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of an encoding without × or bars
     console = Console(highlight=False, emoji=False, markup=False)
     console.width = min(console.width, WIDTH)
     return console
@@ -69,14 +74,17 @@ def _print(console: Console, table: tables.Table) -> None:
     made.pad_edge = False
     made.padding = (0, 1, 0, 0)
     for i, name in enumerate(table.head):
-        words = i in table.words
-        side = "left" if words else "right"
-        made.add_column(name, justify=side, no_wrap=not words, overflow="fold")
+        side = "left" if i in table.words else "right"
+        # A column of single words or numbers stays whole; but what cannot be broken may be cut, so
+        # on a narrow terminal everything breaks.
+        words = i in table.words and any(" " in row[i] for row in table.rows)
+        whole = console.width >= LEAST and not words
+        made.add_column(Text(name), justify=side, no_wrap=whole, overflow="fold")
     if table.shares:
         made.add_column("")
     bars = [*_bars(table), *([] for _ in table.rows)]
     for row, bar in zip(table.rows, bars, strict=False):
-        made.add_row(*row, *bar)
+        made.add_row(*map(Text, row), *bar)
     console.print(Text(table.title, "bold"))
     console.print(made)
     if table.note:
