@@ -242,7 +242,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("name", "change", "reason"), REFUSALS)
 def test_one_asked_for_by_name_is_refused_with_the_reason_and_a_fix(
-    hopper, name, change, reason
+    name, change, reason
 ):
     case = dataclasses.replace(LONG, **change)
     with pytest.raises(ConfigError, match=re.escape(reason)) as error:
