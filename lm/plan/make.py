@@ -83,7 +83,7 @@ def plan(
         changes=changes,
         parameters=parameters(prog),
         active=active(prog),
-        tokens_per_step=experiment.train.batch_size * experiment.data.length,
+        tokens_per_step=speed.tokens_of(prog),
         steps=experiment.train.steps,
         optimal_tokens=CHINCHILLA * sum(parameters(prog).values()),
         memory=found,

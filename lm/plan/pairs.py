@@ -14,6 +14,7 @@ from lm.nn import attend, blockwise
 from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.latent import Latent
+from lm.nn.moe import Moe
 from lm.plan import jaxprs
 from lm.program import Program
 
@@ -21,8 +22,7 @@ from lm.program import Program
 def unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid:
     """What traces of these layers do not say: of attention, the mean of the layers."""
     found = [p for p in (_pairs(prog, block) for block in blocks) if p]
-    # A device has room for all tokens of those that share the experts, and its part of them.
-    rows = 1 / prog.layout.size("expert")
+    rows = _used(prog, blocks)
     # XLA for GPUs puts off what nothing waits for.
     late = prog.layout.platform == "gpu"
     if not found:
@@ -55,3 +55,16 @@ def _pairs(prog: Program, block: stack.Block.Config) -> tuple[float, int] | None
     needed = blockwise.needed(mask, size, tokens, tokens)
     ring = n > 1 and case.share(mixer.context) == "ring"
     return float(needed.sum()) / n, n if ring else 1
+
+
+def _used(prog: Program, blocks: Sequence[stack.Block.Config]) -> float:
+    """Returns how much of the room for tokens of its experts a device uses, in balance.
+
+    It has room for all choices that the tokens of all who share the experts can make among its own.
+    """
+    n = prog.layout.size("expert")
+    sparse = [b.ffn for b in blocks if isinstance(b.ffn, Moe.Config)]
+    if not sparse:
+        return 1.0
+    k, own = sparse[0].top_k, sparse[0].experts // n
+    return k / (n * min(k, own))
