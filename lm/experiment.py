@@ -175,7 +175,7 @@ class Experiment:
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     generate: Generate = Generate()
-    devices: int | None = None  # that the mesh is meant for; None: whatever there is
+    target: str = "cpu:1"  # the devices that it is meant for, see lm/plan/target.py
 
     def __post_init__(self) -> None:
         positions = self.model.learned

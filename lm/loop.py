@@ -356,11 +356,10 @@ def _attention(prog: Program) -> str:
     """How attention is computed, in each kind of layer that has it."""
     model, layout = prog.experiment.model, prog.layout
     row = attend.Row(
-        platform=layout.platform,
+        layout=layout,
         length=prog.experiment.data.length,
         dtype=str(model.compute(layout.platform)),
         packed=prog.packed,
-        shards=layout.size("length"),
     )
     written = batches.written(prog.experiment.objective, prog.experiment.data)
     found = dict.fromkeys(model.attends(row, written))
