@@ -24,10 +24,10 @@ from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import sharding, stacked, trees
-from lm.config import ConfigError
+from lm.config import ConfigError, kind
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
-from lm.models.encoder import Encoder
+from lm.models import kinds
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import Tokens
@@ -79,8 +79,9 @@ def texts(
     """
     if not prompts:
         return []
-    if isinstance(prog.experiment.model, Encoder.Config):
-        raise ConfigError("model=Encoder reads whole texts and continues none")
+    if kinds.head(prog.experiment.model) is not None:
+        name = kind(type(prog.experiment.model))
+        raise ConfigError(f"model={name} reads whole texts and continues none")
     context = prog.experiment.data.length
     ids = encode(coder, prompts, context)
     longest = max(map(len, ids))

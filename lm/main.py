@@ -28,6 +28,7 @@ from lm import (  # noqa: E402
     generate,
     hosts,
     loop,
+    objectives,
     sharding,
     train,
 )
@@ -116,6 +117,8 @@ def _run() -> int:
         _print_config(experiment, base)
         return loop.DONE
     _configure(experiment)
+    if _MODE.value in ("train", "eval", "prepare"):
+        objectives.untrained(experiment.model)
     modes = {
         "train": _train,
         "eval": _eval,

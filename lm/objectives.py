@@ -27,11 +27,10 @@ from lm.batches import (
 )
 from lm.config import ConfigError, kind
 from lm.models import kinds
-from lm.models.encoder import Encoder
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
-from lm.nn.heads import Classes, Words
+from lm.nn.heads import Classes, Pooler, Words
 from lm.scores import classes
 
 __all__ = ["Causal"]  # from here, as an experiment would look for it
@@ -47,6 +46,14 @@ NEEDS = {  # what no model there is has
 }
 
 
+FITS: dict[Any, tuple[str, ...]] = {  # by what a model ends in
+    None: ("Causal", "Prefix", "Sft"),
+    Words.Config: ("Masked",),
+    Classes.Config: ("Classification",),
+    Pooler.Config: ("Masked",),  # of a run that only keeps the weights, see `untrained`
+}
+
+
 def refuse(objective: Objective, model: kinds.Config) -> None:
     """Refuses an objective that the model cannot be trained by.
 
@@ -54,10 +61,9 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
         ConfigError: what it lacks, and what can be used.
     """
     name, has = kind(type(objective)), kind(type(model))
-    fits, head = ("Causal", "Prefix", "Sft"), None
-    if isinstance(model, Encoder.Config):
-        head = model.head
-        fits = ("Masked",) if isinstance(head, Words.Config) else ("Classification",)
+    fits, head = FITS[None], kinds.head(model)
+    if head is not None:
+        fits = FITS[type(head)]
         has = f"{has} with model.head={kind(type(head))}"
     if need := NEEDS.get(type(objective)):
         raise ConfigError(
@@ -67,7 +73,7 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
     if name not in fits:
         raise ConfigError(
             f"objective={name} does not go with model={has}, which is trained by "
-            f"{' or '.join(fits)}; Masked needs model=Encoder, and Classification that with "
+            f"{' or '.join(fits)}; Masked needs model=Encoder, and Classification a model with "
             "model.head=Classes"
         )
     labels = len(getattr(objective, "labels", ()))
@@ -80,6 +86,20 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
         raise ConfigError(
             f"objective.attention={objective.attention}: the model's attention is causal in "
             "the prefix, too; set objective.attention=causal"
+        )
+
+
+def untrained(model: kinds.Config) -> None:
+    """Refuses a model that nothing can be learned or measured with.
+
+    Raises:
+        ConfigError: it ends in a bare pooler.
+    """
+    if type(kinds.head(model)) is Pooler.Config:
+        raise ConfigError(
+            "model.head=Pooler predicts nothing; give the model a head: --set model.head=Classes "
+            "--set objective=Classification with its labels, or --set model.head=Words for "
+            "objective=Masked"
         )
 
 
@@ -126,7 +146,6 @@ def score(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns what `causal` does, from the hidden states after the last norm."""
     if isinstance(objective, Classification):
-        assert isinstance(model, Encoder)
         return _classified(model, x_BTD, batch, graded)
     assert isinstance(objective, CrossEntropy)  # what `refuse` lets through
     head = Head(
@@ -149,7 +168,7 @@ def score(
 
 
 def _classified(
-    model: Encoder, x_BTD: Array, batch: Batch, graded: bool
+    model: Model, x_BTD: Array, batch: Batch, graded: bool
 ) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of a text's class; where `graded`, the sums have a matrix of counts, too."""
     tokens = Tokens(batch["positions"], batch["segments"])

@@ -3,11 +3,20 @@
 from typing import Any
 
 from lm.config import ConfigError, diff, nearest
-from lm.convert import deepseek, gemma, gpt2, gpt_oss, llama, mixtral, qwen, qwen_moe
+from lm.convert import (
+    bert,
+    deepseek,
+    gemma,
+    gpt2,
+    gpt_oss,
+    llama,
+    mixtral,
+    qwen,
+    qwen_moe,
+)
 from lm.convert.family import Family, essence
 from lm.convert.fields import Fields
 from lm.models import kinds
-from lm.models.transformer import Transformer
 
 FAMILIES = {
     family.model_type: family
@@ -26,13 +35,14 @@ FAMILIES = {
         deepseek.V3,
         gemma.GEMMA2,
         gemma.GEMMA3,
+        bert.BERT,
     )
 }
 
 
 def read(
     data: dict[str, Any], where: str = "config.json"
-) -> tuple[Family, Transformer.Config]:
+) -> tuple[Family, kinds.Config]:
     """Returns the family and the model that a config.json describes.
 
     Raises:
@@ -71,6 +81,8 @@ def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
             data = {"model_type": family.model_type, **family.write(decoder)}
             _, found = read(data, family.model_type)
         except (AssertionError, ConfigError, KeyError, StopIteration):
+            continue
+        if type(found) is not type(wanted):
             continue
         missing = diff(essence(found), wanted)
         if not missing:

@@ -8,6 +8,7 @@ from lm.config import ConfigError, kind
 from lm.convert.fields import Fields
 from lm.convert.steps import Row
 from lm.models import kinds
+from lm.models.encoder import Encoder
 from lm.models.transformer import Transformer
 from lm.nn.attention import Attention
 from lm.nn.ffn import Mlp
@@ -40,24 +41,31 @@ class Family:
 
     model_type: str
     architecture: str  # the class of transformers
-    read: Callable[[Fields], Transformer.Config]
-    write: Callable[[Transformer.Config], dict[str, Any]]  # keys that say the same
-    table: Callable[[Transformer.Config], Table]
+    read: Callable[[Fields], Any]  # to a model's config
+    write: Callable[[Any], dict[str, Any]]  # from one: keys that say the same
+    table: Callable[[Any], Table]
     buffers: tuple[str, ...] = ()  # patterns of tensors that are no weights
     prefix: str = "model."  # which files of a bare base model leave out
 
 
-def essence(model: kinds.Config) -> Transformer.Config:
+def essence(model: kinds.Config) -> Transformer.Config | Encoder.Config:
     """Returns the config with what its weights do not depend on at its default.
 
     Raises:
         ConfigError: a model of a kind that has no family.
     """
-    if not isinstance(model, Transformer.Config):
+    if not isinstance(model, Transformer.Config | Encoder.Config):
         name = kind(type(model))
         raise ConfigError(f"model={name}: no family of lm/convert is of this kind")
     plain = Transformer.Config()
     model = dataclasses.replace(model, **{name: getattr(plain, name) for name in FREE})
+    if isinstance(model, Encoder.Config):
+        size = model.attention.head_dim or model.dim // model.heads
+        attention = dataclasses.replace(
+            model.attention, implementation="auto", context="auto", head_dim=size
+        )
+        ffn = _width(model.ffn, model.dim)
+        return dataclasses.replace(model, attention=attention, ffn=ffn)
     plain_attention: Any = dataclasses.replace(
         model.attention, implementation="auto", context="auto"
     )

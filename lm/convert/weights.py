@@ -17,11 +17,12 @@ import numpy as np
 from lm import trees
 from lm.config import ConfigError, nearest
 from lm.convert.family import Family, Table
-from lm.convert.files import Source
+from lm.convert.files import DTYPES, Source
 from lm.convert.steps import Row
-from lm.models import stack
-from lm.models.transformer import Transformer
+from lm.models import kinds, stack
 from lm.program import STACK, Params, Program
+
+VOCAB = ("embed_vd", "head_vd", "end/bias_v")  # padded to rows of the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Place:
     entry: int | None  # of a stacked parameter; None: it is not stacked
 
 
-def places(model: Transformer.Config, table: Table) -> list[Place]:
+def places(model: kinds.Config, table: Table) -> list[Place]:
     """Returns every row of the table with its place in plain parameters (of layers, in order)."""
     found = [Place(r, r.ours, None) for r in table.whole]
     for block, layers in stack.entries(model.blocks).items():
@@ -81,6 +82,10 @@ def check(
     for name, place in wanted.items():
         ours = [_plain(shapes[p], p, place, vocab) for p in place.paths]
         expected = place.row.shape(ours)
+        if source.dtypes[name] not in DTYPES.values():
+            raise ConfigError(
+                f"{name} is {source.dtypes[name]}; lm reads {', '.join(DTYPES)}"
+            )
         if source.shapes[name] != expected:
             raise ConfigError(
                 f"{name} has the shape {list(source.shapes[name])}, expected {list(expected)}"
@@ -94,7 +99,7 @@ def _plain(
     """Returns a parameter's shape without the layers and without padding of the vocabulary."""
     if place.entry is not None:
         return tuple(shape[1:])
-    return (vocab, *shape[1:]) if path in ("embed_vd", "head_vd") else tuple(shape)
+    return (vocab, *shape[1:]) if path in VOCAB else tuple(shape)
 
 
 def read(prog: Program, source: Source, every: Sequence[Place]) -> Params:
@@ -196,7 +201,7 @@ def write(
             held[p] if place.entry is None else held[p][place.entry]
             for p in place.paths
         ]
-        ours = [a[:vocab] if p in ("embed_vd", "head_vd") else a
+        ours = [a[:vocab] if p in VOCAB else a
                 for p, a in zip(place.paths, ours, strict=True)]  # fmt: skip
         names = place.row.names()
         for e, name in enumerate(names):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lm import checkpoint, config, sharding, train
+from lm import batches, checkpoint, config, sharding, train
 from lm.config import ConfigError
 from lm.convert import families, files, weights
 from lm.convert.family import Family, essence
@@ -28,7 +28,8 @@ from lm.data.loader import Data
 from lm.data.pretrained import HuggingFace
 from lm.data.tokenizer import SentencePiece
 from lm.experiment import Experiment, Train
-from lm.models.transformer import Transformer
+from lm.models import kinds
+from lm.nn.heads import Classes
 from lm.optim import Optim
 
 ORIGIN, TOKENIZER = "origin", "tokenizer"
@@ -41,7 +42,7 @@ class Model:
 
     config: dict[str, Any]  # its config.json
     family: Family
-    model: Transformer.Config
+    model: kinds.Config
     tokenizer: dict[str, bytes]  # files
     tensors: Callable[[], files.Source]
 
@@ -96,16 +97,38 @@ def experiment(path: str, workdir: str) -> Experiment:
     length = int(found.config.get("n_positions") or length)
     return Experiment(
         name=name,
-        about=f"{found.family.architecture}, imported",
+        about=f"{_architecture(found)}, imported",
         model=found.model,
         data=Data(
             source=("tfds:lm_text/shakespeare",),
             length=min(length, LONGEST),
+            packing="windows" if kinds.head(found.model) is None else "documents",
             tokenizer=coder,
         ),
+        objective=_objective(found),
         optim=Optim(learning_rate=2e-5),
         train=Train(batch_size=8),
     )
+
+
+def _architecture(found: Model) -> str:
+    """Returns the class of transformers that a model is stored as."""
+    return (found.config.get("architectures") or [found.family.architecture])[0]
+
+
+def _objective(found: Model) -> batches.Objective:
+    """Returns what a model that was imported can be trained by."""
+    head = kinds.head(found.model)
+    if head is None:
+        return batches.Causal()
+    if isinstance(head, Classes.Config):
+        names = found.config.get("id2label") or {}
+        labels = [names.get(str(i), f"LABEL_{i}") for i in range(head.classes)]
+        return batches.Classification(labels=tuple(labels))
+    mask = None
+    if pretrained.MAIN in found.tokenizer:
+        mask = tokenizers.from_files(found.tokenizer).mask
+    return batches.Masked(mask_id=mask)
 
 
 def bring_in(
@@ -211,7 +234,7 @@ def _summary(found: Model, source: files.Source, prog: Any, left: list[str]) -> 
     count = sum(x.size for x in prog.shapes.values())
     kinds = ", ".join(f"{n} in {d}" for d, n in Counter(source.dtypes.values()).items())
     lines = [
-        f"{found.family.architecture}: {count / 1e6:.1f} M parameters; tensors: {kinds}"
+        f"{_architecture(found)}: {count / 1e6:.1f} M parameters; tensors: {kinds}"
     ]
     if left:
         lines.append(f"left out: {len(left)} tensors that are no weights, as {left[0]}")

@@ -64,6 +64,9 @@ class HuggingFaceTokenizer(Pieces):
         marks = self._marks()
         self.eot = marks[0]
         self.ends = tuple(sorted(set(marks)))
+        self.mask = self._tokenizer.token_to_id(self.special("mask_token") or "\0")
+        if _lossy(json.loads(text)):
+            self.token_bytes = np.zeros(self.size, np.int32)
 
     def _json(self, name: str) -> dict[str, Any]:
         return json.loads(self._files.get(name, b"{}"))
@@ -81,7 +84,8 @@ class HuggingFaceTokenizer(Pieces):
         """Returns the id that begins a text, and those that end one."""
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a", add_special_tokens=True).ids
-        first = whole[: whole.index(plain[0])]
+        at = whole.index(plain[0])
+        first, self.close = whole[:at], tuple(whole[at + len(plain) :])
         ends = self._json("generation_config.json").get("eos_token_id")
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         for name in ("eos_token", "bos_token"):
@@ -180,10 +184,23 @@ def _spelling(data: dict[str, Any], source: str) -> Any:
         return lambda token: bytes(table[c] for c in token if c in table)
     if "ByteFallback" in kinds or "Metaspace" in kinds:
         return _spell_pieces
+    if _lossy(data):
+        return functools.partial(_spell_words, decoder.get("prefix", "##"))
     raise ConfigError(
         f"{source}: decoder {decoder.get('type')!r} is not supported; lm knows ByteLevel, "
-        "Metaspace and ByteFallback"
+        "Metaspace, ByteFallback and WordPiece"
     )
+
+
+def _lossy(data: dict[str, Any]) -> bool:
+    """Whether a tokenizer's text does not come back: words without what was between them."""
+    return (data.get("decoder") or {}).get("type") == "WordPiece"
+
+
+def _spell_words(prefix: str, token: str) -> bytes:
+    """The text of a piece: what continues no word stands after a space."""
+    begins = not token.startswith(prefix)
+    return f" {token}".encode() if begins else token.removeprefix(prefix).encode()
 
 
 def _spell_pieces(token: str) -> bytes:

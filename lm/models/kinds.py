@@ -4,16 +4,22 @@ from typing import Any, TypeAlias
 
 from flax import nnx
 
+from lm.models.bag import Bag
 from lm.models.encoder import Encoder
 from lm.models.model import Model
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 
-Config: TypeAlias = Transformer.Config | Recurrent.Config | Encoder.Config
+Config: TypeAlias = Transformer.Config | Recurrent.Config | Encoder.Config | Bag.Config
 
 _MODELS: dict[Any, Any] = {
-    model.Config: model for model in (Transformer, Recurrent, Encoder)
+    model.Config: model for model in (Transformer, Recurrent, Encoder, Bag)
 }
+
+
+def head(config: Config) -> Any:
+    """Returns the config of what a model ends in besides its embedding; None: nothing."""
+    return getattr(config, "head", None)
 
 
 def build(config: Config, rngs: nnx.Rngs) -> Model:

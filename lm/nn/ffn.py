@@ -1,6 +1,7 @@
 """Feed-forward layers. Shapes: B batch, T length, D embed, F hidden."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -11,7 +12,12 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn.param import einsum, gather, param, stored, weight
 
-Activation = Literal["swiglu", "geglu", "gelu", "clamped"]
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_erf", "clamped"]
+# Of one product; the others gate one by another.
+PLAIN = {
+    "gelu": jax.nn.gelu,
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+}
 STEEP = 1.702  # of the sigmoid in a clamped SwiGLU
 
 
@@ -34,7 +40,7 @@ class Mlp(nnx.Module):
         hidden: int | None = (
             None  # F; None: 4 D, or when gated 8/3 D up to a multiple of 128
         )
-        activation: Activation = "swiglu"  # GELU by its tanh formula
+        activation: Activation = "swiglu"  # GELU by its tanh formula, but in gelu_erf
         limit: float = 7.0  # of a clamped SwiGLU
         bias: bool = False  # learned shifts after both products
 
@@ -43,7 +49,7 @@ class Mlp(nnx.Module):
             if self.hidden is not None:
                 return self.hidden
             return (
-                4 * dim if self.activation == "gelu" else -(-8 * dim // (3 * 128)) * 128
+                4 * dim if self.activation in PLAIN else -(-8 * dim // (3 * 128)) * 128
             )
 
     def __init__(
@@ -51,12 +57,12 @@ class Mlp(nnx.Module):
     ):
         self.config = config
         F = config.width(dim)
-        if config.activation != "gelu":
+        if config.activation not in PLAIN:
             self.gate_df = param(rngs, (dim, F), ("embed", "mlp"), std)
         self.up_df = param(rngs, (dim, F), ("embed", "mlp"), std)
         self.down_fd = param(rngs, (F, dim), ("mlp", "embed"), out_std)
         if config.bias:
-            if config.activation != "gelu":
+            if config.activation not in PLAIN:
                 self.gate_bias_f = param(rngs, (F,), ("mlp",), 0.0)
             self.up_bias_f = param(rngs, (F,), ("mlp",), 0.0)
             self.down_bias_d = param(rngs, (dim,), ("norm",), 0.0)
@@ -77,9 +83,9 @@ class Mlp(nnx.Module):
 
     def _hidden(self, x_BTD: Array) -> Array:
         dtype, bias = x_BTD.dtype, self.config.bias
-        if self.config.activation == "gelu":
+        if self.config.activation in PLAIN:
             h = einsum("btd,df->btf", x_BTD, weight(self.up_df, dtype))
-            return jax.nn.gelu(
+            return PLAIN[self.config.activation](
                 h + self.up_bias_f[...].astype(dtype)[None, None] if bias else h
             )
         # One product for gate and up: the gradient of x is reduced over tensor once.

@@ -4,7 +4,7 @@ from lm.models import kinds
 from lm.models.encoder import Encoder
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
-from lm.nn.ffn import Mlp
+from lm.nn.ffn import PLAIN, Mlp
 from lm.nn.heads import Words
 from lm.nn.latent import Latent
 from lm.nn.moe import Moe
@@ -91,7 +91,7 @@ def _recurrent(c: Recurrent.Config) -> int:
 
 
 def _mlp(c: Mlp.Config, dim: int) -> int:
-    return (2 if c.activation == "gelu" else 3) * dim * c.width(dim)
+    return (2 if c.activation in PLAIN else 3) * dim * c.width(dim)
 
 
 def train(config: kinds.Config, length: int, *, causal: bool) -> float:
