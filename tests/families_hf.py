@@ -157,6 +157,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**SMALL, "model_type": "mistral", "sliding_window": 8, "head_dim": 16},
 }
 
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {**BERT, "architectures": ["BertModel"]},
+    "bert, words": {**BERT, "architectures": ["BertForMaskedLM"]},
+    "bert, classes": {
+        **BERT,
+        "architectures": ["BertForSequenceClassification"],
+        "hidden_act": "gelu_new",
+        "num_labels": 3,
+    },
+}
+EVERY = CONFIGS | ENCODERS
+
 # What makes ours compute what theirs does in training: no losses besides the likelihood's.
 EXPERTS = ["ffn.balance=0", "ffn.z_loss=0"]
 SETS: dict[str, list[str]] = {

@@ -1,6 +1,6 @@
 """BERT: an encoder with its norms after the sums, bare, or with a head for words or for classes."""
 
-from typing import Any, cast
+from typing import Any
 
 from lm.config import ConfigError
 from lm.convert.family import Family, Table
@@ -20,7 +20,7 @@ HEADS: dict[str, Any] = {
 }
 
 
-def _read(f: Fields) -> Any:
+def _read(f: Fields) -> Encoder.Config:
     f.only("position_embedding_type", "absolute", default="absolute")
     f.only("is_decoder", False, default=False)
     f.only("add_cross_attention", False, default=False)
@@ -62,8 +62,7 @@ def _head(f: Fields, eps: float, act: Any) -> Any:
     return Pooler.Config()
 
 
-def _write(model: Any) -> dict[str, Any]:
-    assert isinstance(model, Encoder.Config)
+def _write(model: Encoder.Config) -> dict[str, Any]:
     assert isinstance(model.norm, LayerNorm.Config)
     names = [name for name, kind in HEADS.items() if kind is type(model.head)]
     data = {
@@ -122,8 +121,8 @@ def _layer(at: str, heads: int, size: int) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _table(model: Any) -> Table:
-    c, t = cast("Encoder.Config", model), Transpose()
+def _table(c: Encoder.Config) -> Table:
+    t = Transpose()
     at = "" if type(c.head) is Pooler.Config else "bert."
     whole = [
         row("embed_vd", f"{at}embeddings.word_embeddings.weight"),
@@ -159,4 +158,5 @@ BERT = Family(
         "cls.seq_relationship.*",
     ),
     prefix="",
+    kind=Encoder.Config,
 )

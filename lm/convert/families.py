@@ -77,12 +77,12 @@ def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
     wanted, misses = essence(model), []
     decoder: Any = model
     for family in FAMILIES.values():
+        if family.kind is not type(model):
+            continue
         try:
             data = {"model_type": family.model_type, **family.write(decoder)}
             _, found = read(data, family.model_type)
         except (AssertionError, ConfigError, KeyError, StopIteration):
-            continue
-        if type(found) is not type(wanted):
             continue
         missing = diff(essence(found), wanted)
         if not missing:

@@ -46,6 +46,7 @@ class Family:
     table: Callable[[Any], Table]
     buffers: tuple[str, ...] = ()  # patterns of tensors that are no weights
     prefix: str = "model."  # which files of a bare base model leave out
+    kind: Any = Transformer.Config  # of its models
 
 
 def essence(model: kinds.Config) -> Transformer.Config | Encoder.Config:
