@@ -282,7 +282,8 @@ def _restored(
         else f"{workdir}/{checkpoint.FOLDER}/{_STEP.value}"
     )
     target = train.saved(prog, {key: state.params})
-    arrays, found = checkpoint.restore_from(source, target)
+    kept, step = checkpoint.found_at(source)
+    arrays, found = kept.restore(target, step, partial=True)
     params = train.loaded(prog, arrays)[key]
     return prog, params, tokenizer.from_files(found.files), found.step
 

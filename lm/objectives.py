@@ -170,13 +170,22 @@ def score(
 def _classified(
     model: Model, x_BTD: Array, batch: Batch, graded: bool
 ) -> tuple[Array, dict[str, Array]]:
-    """Cross-entropy of a text's class; where `graded`, the sums have a matrix of counts, too."""
+    """Cross-entropy of a text's class; `tokens` counts texts, `read` their tokens.
+
+    Where `graded`, the sums have a matrix of counts, too.
+    """
     tokens = Tokens(batch["positions"], batch["segments"])
     logits_BC = model.classes(x_BTD, tokens)
     hit_BC = jax.nn.one_hot(batch["targets"], logits_BC.shape[1])
     nll_B = -(jax.nn.log_softmax(logits_BC) * hit_BC).sum(1)
     loss, count = (nll_B * batch["weights"]).sum(), batch["weights"].sum()
-    sums = {"nll": loss, "tokens": count, "bytes": jnp.zeros((), jnp.int32)}
+    read = (tokens.segments > 0).sum()
+    sums = {
+        "nll": loss,
+        "tokens": count,
+        "bytes": jnp.zeros((), jnp.int32),
+        "read": read,
+    }
     if graded:
         found_B = logits_BC.argmax(1)
         sums["confusion"] = classes.confusion(

@@ -14,7 +14,7 @@ import toy
 from lm import sharding
 from lm.batches import Classification
 from lm.experiment import Experiment
-from lm.models import stack
+from lm.models import kinds, stack
 from lm.models.encoder import Encoder
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
@@ -119,10 +119,16 @@ def _recurrent(c: Any, p, x, batch):
     return jnp.stack(ys, 1) @ p["out_hd"]
 
 
+def _gelu(kind, x):
+    if kind == "gelu_erf":
+        return x * (1 + jax.lax.erf(x / np.sqrt(2))) / 2
+    return jax.nn.gelu(x)
+
+
 def _mlp(c: Mlp.Config, p, x):
     up = x @ p["up_df"] + p.get("up_bias_f", 0.0)
-    if c.activation == "gelu":
-        h = jax.nn.gelu(up)
+    if c.activation.startswith("gelu"):
+        h = _gelu(c.activation, up)
     else:
         gate = x @ p["gate_df"] + p.get("gate_bias_f", 0.0)
         act = jax.nn.silu if c.activation == "swiglu" else jax.nn.gelu
@@ -203,22 +209,26 @@ def _logits(c: Transformer.Config, p, batch, masks):
     if isinstance(c, Encoder.Config):
         return _ended(c, p, x, batch)
     x = _norm(p, "norm", c.norm, x)
+    if kinds.head(c) is not None:
+        return _ended(c, p, x, batch)
     z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
     if c.head_softcap is not None:
         z = c.head_softcap * jnp.tanh(z / c.head_softcap)
     return x, z, routed
 
 
-def _ended(c: Encoder.Config, p, x, batch):
-    """Returns what an encoder's head takes, its logits of ids or of classes, and no routing."""
+def _ended(c: Any, p, x, batch):
+    """Returns what a head takes, its logits of ids or of classes, and no routing."""
     if isinstance(c.head, Classes.Config):
         there = batch["segments"] > 0
-        if c.head.pool == "first":
-            there = there & (batch["positions"] == 0)
+        count = there.sum(1, keepdims=True)
+        place = {"first": 0, "last": count - 1}.get(c.head.pool)
+        if place is not None:
+            there = there & (batch["positions"] == place)
         mean = (x * there[..., None]).sum(1) / jnp.maximum(there.sum(1), 1)[:, None]
-        h = jnp.tanh(mean @ p["end/dense_de"] + p["end/dense_bias_e"])
+        h = jnp.tanh(mean @ p["end/pool_df"] + p["end/pool_bias_f"])
         return x, h @ p["end/class_dc"] + p["end/class_bias_c"], []
-    h = jax.nn.gelu(x @ p["end/dense_de"] + p["end/dense_bias_e"])
+    h = _gelu(c.head.activation, x @ p["end/dense_de"] + p["end/dense_bias_e"])
     h = _norm(p, "end/after", LayerNorm.Config(eps=c.head.eps), h)
     z = h @ p["embed_vd"][: c.vocab_size].T + p["end/bias_v"][: c.vocab_size]
     return h, z, []

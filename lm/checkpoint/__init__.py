@@ -345,17 +345,6 @@ class Checkpoints:
             ) from error
 
 
-def restore_from(source: str, target: trees.Tree) -> tuple[trees.Tree, Run]:
-    """Restores some arrays of a work directory's newest checkpoint, or of one step in it.
-
-    Args:
-        source: as for `found_at`.
-        target: as for `Checkpoints.restore`; what else is there is not read.
-    """
-    saved, step = found_at(source)
-    return saved.restore(target, step, partial=True)
-
-
 def found_at(source: str) -> tuple[Checkpoints, int | None]:
     """Returns the checkpoints of a work directory, of its folder of them, or of one step's folder
     there, to be read; and that step."""
