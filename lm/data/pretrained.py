@@ -1,7 +1,9 @@
 """Tokenizers of Hugging Face: a `tokenizer.json`, and what stands beside it.
 
 The package `tokenizers` encodes; decoding is ours, by the bytes of each token, so that text comes
-back exactly and bits per byte count the right bytes.
+back exactly and bits per byte count the right bytes. WordPiece (BERT's) keeps no white space and
+often no case: of it words come back, and as no token has bytes of the text, there are no bits per
+byte.
 """
 
 import dataclasses
@@ -58,14 +60,16 @@ class HuggingFaceTokenizer(Pieces):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        super().__init__(_pieces(self._tokenizer, json.loads(text), source))
+        data = json.loads(text)
+        super().__init__(_pieces(self._tokenizer, data, source))
         self.size = len(self.pieces)
-        self._prefixed = self._bytes_of("a").startswith(b" ")
+        lossy = _lossy(data)
+        self._prefixed = lossy or self._bytes_of("a").startswith(b" ")
         marks = self._marks()
         self.eot = marks[0]
         self.ends = tuple(sorted(set(marks)))
         self.mask = self._tokenizer.token_to_id(self.special("mask_token") or "\0")
-        if _lossy(json.loads(text)):
+        if lossy:  # 0 is unknown
             self.token_bytes = np.zeros(self.size, np.int32)
 
     def _json(self, name: str) -> dict[str, Any]:
