@@ -17,7 +17,7 @@ import numpy as np
 from lm import trees
 from lm.config import ConfigError, nearest
 from lm.convert.family import Family, Table
-from lm.convert.files import DTYPES, Source
+from lm.convert.files import Source
 from lm.convert.steps import Row
 from lm.models import kinds, stack
 from lm.program import STACK, Params, Program
@@ -82,10 +82,6 @@ def check(
     for name, place in wanted.items():
         ours = [_plain(shapes[p], p, place, vocab) for p in place.paths]
         expected = place.row.shape(ours)
-        if source.dtypes[name] not in DTYPES.values():
-            raise ConfigError(
-                f"{name} is {source.dtypes[name]}; lm reads {', '.join(DTYPES)}"
-            )
         if source.shapes[name] != expected:
             raise ConfigError(
                 f"{name} has the shape {list(source.shapes[name])}, expected {list(expected)}"

@@ -122,13 +122,27 @@ def _objective(found: Model) -> batches.Objective:
     if head is None:
         return batches.Causal()
     if isinstance(head, Classes.Config):
-        names = found.config.get("id2label") or {}
-        labels = [names.get(str(i), f"LABEL_{i}") for i in range(head.classes)]
-        return batches.Classification(labels=tuple(labels))
+        return batches.Classification(labels=_labels(found.config, head.classes))
     mask = None
     if pretrained.MAIN in found.tokenizer:
         mask = tokenizers.from_files(found.tokenizer).mask
     return batches.Masked(mask_id=mask)
+
+
+def _labels(data: dict[str, Any], classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes, as transformers has them where config.json has none."""
+    names = data.get("id2label") or {}
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(classes))
+
+
+def _labelled(data: dict[str, Any], objective: batches.Objective) -> dict[str, Any]:
+    """Returns a config.json that names the classes as the objective does."""
+    labels = getattr(objective, "labels", ())
+    if labels == _labels(data, len(labels)):
+        return data
+    names = {str(i): name for i, name in enumerate(labels)}
+    numbers = {name: i for i, name in enumerate(labels)}
+    return {**data, "id2label": names, "label2id": numbers}
 
 
 def bring_in(
@@ -159,9 +173,8 @@ def bring_in(
     left = weights.check(found.family, table, source, shapes, every, vocab)
     if table.head in left and experiment.model.tied:
         _same_head(source, table)
-    say(_summary(found, source, prog, left))
-
     coder = _coder(found, experiment)
+    say(_summary(found, source, prog, left, coder))
     tokenizers.sizes_agree(coder, vocab)
     params = weights.read(prog, source, every)
     kept = checkpoint.Checkpoints(str(place / checkpoint.FOLDER), report=say)
@@ -230,14 +243,23 @@ def _same_head(source: files.Source, table: Any) -> None:
         )
 
 
-def _summary(found: Model, source: files.Source, prog: Any, left: list[str]) -> str:
+def _summary(
+    found: Model,
+    source: files.Source,
+    prog: Any,
+    left: list[str],
+    coder: tokenizers.Tokenizer,
+) -> str:
     count = sum(x.size for x in prog.shapes.values())
     kinds = ", ".join(f"{n} in {d}" for d, n in Counter(source.dtypes.values()).items())
     lines = [
         f"{_architecture(found)}: {count / 1e6:.1f} M parameters; tensors: {kinds}"
     ]
     if left:
-        lines.append(f"left out: {len(left)} tensors that are no weights, as {left[0]}")
+        some = f"{len(left)} tensors" if len(left) > 1 else "1 tensor"
+        lines.append(f"left out: {some} that the model does not use, as {left[0]}")
+    if not coder.token_bytes.any():
+        lines.append("the tokenizer does not keep text as it is: no bits per byte")
     rates = families.Fields(found.config).dropouts()
     if rates:
         some = ", ".join(f"{k}={v}" for k, v in rates.items())
@@ -317,8 +339,12 @@ def _described(
         family, model = families.read(data, str(origin / "config.json"))
         if essence(model) == essence(experiment.model):
             data.pop("torch_dtype", None)
+            data = _labelled(data, experiment.objective)
             return family, data, files.read_json(origin / "tensors.json")
     family, data = families.write(experiment.model)
+    data = _labelled(data, experiment.objective)
     marks = {"bos_token_id": coder.eot, "eos_token_id": (*coder.ends, coder.eot)[0]}
+    if kinds.head(experiment.model) is not None:
+        marks = {}
     length = experiment.data.length
     return family, {"max_position_embeddings": length, **marks, **data}, {}
