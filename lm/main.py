@@ -28,7 +28,6 @@ from lm import (  # noqa: E402
     generate,
     hosts,
     loop,
-    objectives,
     sharding,
     train,
 )
@@ -41,6 +40,7 @@ from lm.experiment import Experiment  # noqa: E402
 from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
 from lm.lookout import Lookout  # noqa: E402
+from lm.models import kinds  # noqa: E402
 
 gc.freeze()  # modules stay
 gc.enable()
@@ -118,7 +118,7 @@ def _run() -> int:
         return loop.DONE
     _configure(experiment)
     if _MODE.value in ("train", "eval", "prepare"):
-        objectives.untrained(experiment.model)
+        kinds.untrained(experiment.model)
     modes = {
         "train": _train,
         "eval": _eval,

@@ -50,7 +50,9 @@ FITS: dict[Any, tuple[str, ...]] = {  # by what a model ends in
     None: ("Causal", "Prefix", "Sft"),
     Words.Config: ("Masked",),
     Classes.Config: ("Classification",),
-    Pooler.Config: ("Masked",),  # of a run that only keeps the weights, see `untrained`
+    Pooler.Config: (
+        "Masked",
+    ),  # of a run that only keeps the weights, see `kinds.untrained`
 }
 
 
@@ -86,20 +88,6 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
         raise ConfigError(
             f"objective.attention={objective.attention}: the model's attention is causal in "
             "the prefix, too; set objective.attention=causal"
-        )
-
-
-def untrained(model: kinds.Config) -> None:
-    """Refuses a model that nothing can be learned or measured with.
-
-    Raises:
-        ConfigError: it ends in a bare pooler.
-    """
-    if type(kinds.head(model)) is Pooler.Config:
-        raise ConfigError(
-            "model.head=Pooler predicts nothing; give the model a head: --set model.head=Classes "
-            "--set objective=Classification with its labels, or --set model.head=Words for "
-            "objective=Masked"
         )
 
 

@@ -375,22 +375,6 @@ def test_a_label_is_a_number_and_its_text_is_whole(tmp_path):
         classes.Texts(objective, part, 40, CODER, data.cleaning)
 
 
-def test_of_a_long_text_both_ends_stay_between_the_tokenizers_marks(tmp_path):
-    coder = loader.tokenizers.load(Bytes())
-    coder.close = (65,)
-    objective = batches.Classification(labels=LABELS, long="ends")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = [{"text": letters, "label": "ham"}, {"text": "ab", "label": "spam"}]
-    data = data_in(tmp_path, "text+label", texts=texts)
-    [part] = batches.stores(objective, data, coder)
-    rows = classes.Texts(objective, part, 11, coder, data.cleaning)
-    found = [row["tokens"][row["segments"] > 0].tolist() for row in (rows[0], rows[1])]
-    assert found == [[256, *b"abcd", *b"vwxyz", 65], [256, *b"ab", 65]]
-    same = batches.Classification(labels=("ham", "spam", "\x1bham"))
-    with toy.refused("'ham'", "'\\x1bham'", "the same tokens"):
-        classes.Texts(same, part, 11, coder, data.cleaning)
-
-
 def test_whole_words_begin_with_a_space():
     begins = masked.word_begins(CODER)
     assert set(np.flatnonzero(begins)) == set(b" \t\n\v\f\r\x1c\x1d\x1e\x1f")

@@ -8,7 +8,9 @@ import reference
 import runs
 import toy
 
-from lm import loop, train
+from lm import batches, loop, train
+from lm.data import tokenizer as tokenizers
+from lm.data.loader import Data
 
 CLASSES = [
     *("objective=Classification", "objective.labels=a,b,c", "data.packing=documents"),
@@ -117,6 +119,26 @@ def test_a_head_is_new_beside_weights_that_have_another(tmp_path):
     result = runs.small(tmp_path / "z", first | {"model.layers": 2, "train.steps": 1})
     assert result.code == 2
     assert "layers/" in result.err and "[1, 32" in result.err
+
+
+def test_of_a_long_text_both_ends_stay_between_the_tokenizers_marks(tmp_path):
+    coder = tokenizers.ByteTokenizer()
+    coder.close = (65,)
+    texts = [("abcdefghijklmnopqrstuvwxyz", "ham"), ("ab", "spam")]
+    lines = [json.dumps({"text": t, "label": label}) + "\n" for t, label in texts]
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    data = Data(
+        source=(f"jsonl:{tmp_path}/texts.jsonl#text+label",), holdout=0.0, length=11,
+        packing="documents", tokenizer=tokenizers.Bytes(), store_dir=str(tmp_path),
+    )  # fmt: skip
+    objective = batches.Classification(labels=("ham", "spam"), long="ends")
+    [part] = batches.stores(objective, data, coder)
+    rows = batches.evaluation(objective, data, part, coder)
+    found = [row["tokens"][row["segments"] > 0].tolist() for row in (rows[0], rows[1])]
+    assert found == [[256, *b"abcd", *b"vwxyz", 65], [256, *b"ab", 65]]
+    same = batches.Classification(labels=("ham", "spam", "\x1bham"))
+    with toy.refused("'ham'", "'\\x1bham'", "the same tokens"):
+        batches.evaluation(same, data, part, coder)
 
 
 @pytest.mark.parametrize(
