@@ -28,7 +28,10 @@ def sets(*assignments):
 
 
 def bare_bert(folder, **more):
-    """Writes a bare encoder as they are stored: with its pooler, and the numbers of positions."""
+    """Writes a bare encoder as old files have them, with its pooler and numbers of positions.
+
+    Returns its tensors by today's names.
+    """
     model = config.override(
         families.read({**families_hf.BERT, "vocab_size": 10})[1], ["layers=2"]
     )
@@ -48,7 +51,11 @@ def bare_bert(folder, **more):
         )
     tensors["embeddings.position_ids"] = np.arange(64)[None]
     folder.mkdir()
-    files.save(tensors | more, folder / files.SINGLE)
+    stored = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): a
+        for name, a in (tensors | more).items()
+    }
+    files.save(stored, folder / files.SINGLE)
     families_hf.write_json(folder / "config.json", data)
     families_hf.write_word_pieces(folder)
     return tensors

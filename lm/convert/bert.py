@@ -25,7 +25,6 @@ def _read(f: Fields) -> Encoder.Config:
     f.only("is_decoder", False, default=False)
     f.only("add_cross_attention", False, default=False)
     f.only("tie_word_embeddings", True, default=True)
-    f.skip("classifier_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
     f.skip("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
            "pooler_size_per_head", "pooler_type", "directionality")  # fmt: skip
     eps = f.get("layer_norm_eps", float, 1e-12)
@@ -145,6 +144,12 @@ def _table(c: Encoder.Config) -> Table:
     return Table(tuple(whole), tuple(layers), head="cls.predictions.decoder.weight")
 
 
+def _renamed(name: str) -> str:
+    """Returns today's name of a norm's tensor; those of the first files are TensorFlow's."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 BERT = Family(
     model_type="bert",
     architecture="BertModel",
@@ -159,4 +164,5 @@ BERT = Family(
     ),
     prefix="",
     kind=Encoder.Config,
+    renamed=_renamed,
 )

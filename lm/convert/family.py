@@ -47,6 +47,7 @@ class Family:
     buffers: tuple[str, ...] = ()  # patterns of tensors that are no weights
     prefix: str = "model."  # which files of a bare base model leave out
     kind: Any = Transformer.Config  # of its models
+    renamed: Callable[[str], str] | None = None  # from an old name of a tensor
 
 
 def essence(model: kinds.Config) -> Transformer.Config | Encoder.Config:

@@ -213,24 +213,27 @@ def _write_json(path: epath.Path, data: Any) -> None:
 
 
 class _Renamed:
-    """A source whose names lack the prefix that the table has: files of a bare base model."""
+    """A source whose names are not quite the table's."""
 
-    def __init__(self, source: files.Source, prefix: str):
-        self._source, self._cut = source, len(prefix)
+    def __init__(self, source: files.Source, names: dict[str, str]):
+        self._source, self._names = source, names  # the table's: the file's
         self.dtypes = source.dtypes
-        self.shapes = {prefix + name: shape for name, shape in source.shapes.items()}
+        self.shapes = {ours: source.shapes[name] for ours, name in names.items()}
 
     def tensor(self, name: str) -> Any:
-        return self._source.tensor(name[self._cut :])
+        return self._source.tensor(self._names[name])
 
 
 def _named(found: Model, names: list[str]) -> files.Source:
     """Returns the tensors by the table's names."""
     source, prefix = found.tensors(), found.family.prefix
     if prefix and not any(n.startswith(prefix) for n in source.shapes):
-        renamed = _Renamed(source, prefix)
+        # Files of a bare base model.
+        renamed = _Renamed(source, {prefix + n: n for n in source.shapes})
         if set(names) & renamed.shapes.keys():
             return renamed
+    if found.family.renamed:
+        return _Renamed(source, {found.family.renamed(n): n for n in source.shapes})
     return source
 
 
