@@ -115,8 +115,8 @@ class Classes(Pooler):
     def _share(self, tokens: Any) -> Float[Array, "B T"]:
         """Returns how much of each token is in the text's vector."""
         there_BT = tokens.segments > 0
-        count_B1 = jnp.maximum(there_BT.sum(1, keepdims=True), 1)
-        if self.config.pool == "mean":
-            return there_BT / count_B1.astype(jnp.float32)
-        place = 0 if self.config.pool == "first" else count_B1 - 1
-        return (there_BT & (tokens.positions == place)).astype(jnp.float32)
+        if self.config.pool != "mean":
+            last_B1 = there_BT.sum(1, keepdims=True) - 1
+            place = 0 if self.config.pool == "first" else last_B1
+            there_BT &= tokens.positions == place
+        return there_BT / jnp.maximum(there_BT.sum(1, keepdims=True), 1)
