@@ -113,7 +113,8 @@ def experiment(path: str, workdir: str) -> Experiment:
 
 def _architecture(found: Model) -> str:
     """Returns the class of transformers that a model is stored as."""
-    return (found.config.get("architectures") or [found.family.architecture])[0]
+    family = found.family
+    return family.write(found.model).get("architectures", [family.architecture])[0]
 
 
 def _objective(found: Model) -> batches.Objective:
