@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
 .PHONY: help setup train test test-slow check lint types bench bench-gpu bench-parallel communication \
-        mesh-matrix parity real-weights spam golden docs clean
+        mesh-matrix parity plan real-weights spam golden docs clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -98,6 +98,9 @@ bench-gpu: setup  ## those that need a GPU
 
 communication: setup  ## what a step sends on each mesh, compiled for H100s (EXTRAS=dev,cuda)
 	@JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/communication_test.py
+
+plan: setup  ## every experiment on its target: does it fit, how fast, what limits it
+	@JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tools/plan_all.py $(ARGS)
 
 golden: setup  ## write tests/golden anew; look at the difference before you commit it
 	@$(BIN)/python -m pytest -q tests/golden_test.py --update-golden

@@ -5,6 +5,9 @@ flush right in the slots before the first new token, so that a step writes one s
 all rows; the slots in front belong to segment 0, which no token of a prompt sees. A
 sample depends on its prompt, the seed and its number, not on other rows or the mesh.
 
+Where an encoder reads the prompt, the decoder begins a text of its own: its cache has the
+keys and values of what was read, too.
+
 Shapes: B rows, T slots of prompts, M new tokens, S >= T + M slots of the cache, V true
 vocabulary; small letters for one device's share.
 """
@@ -28,9 +31,11 @@ from lm.config import ConfigError, kind
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
 from lm.models import kinds
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import Tokens
+from lm.nn.layers import Source
 from lm.train import Params, Program
 
 SHORTEST = 16  # slots of prompts at least; longer ones take the next power of 2
@@ -40,7 +45,7 @@ BLOCK = 128  # the cache has a multiple of these slots: attention takes them in 
 class Rows(NamedTuple):
     """Prompts to continue, on the host (numpy) or on the devices."""
 
-    tokens: Any  # int32[B, T]: flush right, each from its end-of-text mark on
+    tokens: Any  # int32[B, T]: flush right, each from its end-of-text mark on, or to it
     lengths: Any  # int32[B]: tokens of each prompt, the mark included
     limits: Any  # int32[B]: new tokens at most; 0 for a row that only fills the batch
     streams: Any  # uint32[B, 2]: hash of the prompt, number of the sample
@@ -63,7 +68,8 @@ def texts(
 
     A text ends before its end-of-text mark, after `config.tokens` tokens, or where the
     context is full: `data.length` tokens, the mark before the prompt included. An empty
-    prompt gives documents from their beginning. Equal prompts give equal texts.
+    prompt gives documents from their beginning. Equal prompts give equal texts. Of a
+    model that reads prompts by an encoder, a text is as long as it likes.
 
     Args:
         prog: what the weights belong to.
@@ -86,6 +92,10 @@ def texts(
     ids = encode(coder, prompts, context)
     longest = max(map(len, ids))
     room = context + 1 - longest  # the last token is not read again
+    begins, mark = ids, np.array([coder.eot], np.int32)
+    if apart := reads(prog):  # texts begin anew, and what is read ends with its mark
+        ids, begins = [np.roll(i, -1) for i in ids], [mark] * len(ids)
+        room = config.tokens
     if config.tokens > room:
         report(
             f"generate.tokens={config.tokens}, but the context (data.length={context}) "
@@ -101,7 +111,8 @@ def texts(
         batch = jobs[start : start + size]
         numbered = [(ids[i], number) for i, number in batch]
         devices = prog.layout.size("batch")
-        rows = make_rows(numbered, config.tokens, context, devices)
+        most = longest + config.tokens if apart else context
+        rows = make_rows(numbered, config.tokens, most, devices)
         new_BM, finite = jax.device_get(sample(params, rows, key))
         if not finite:
             raise ConfigError(
@@ -109,8 +120,21 @@ def texts(
                 "earlier checkpoint"
             )
         for (i, number), new_M in zip(batch, new_BM, strict=False):
-            found[i, number] = _decode(coder, ids[i], new_M)
+            found[i, number] = _decode(coder, begins[i], new_M)
     return [[found[i, n] for n in range(config.samples)] for i in range(len(ids))]
+
+
+def reads(prog: Program) -> bool:
+    """Returns whether prompts are read by an encoder, and no text continues its prompt."""
+    return isinstance(prog.experiment.model, EncoderDecoder.Config)
+
+
+def shown(
+    prog: Program, prompts: Sequence[str], found: Sequence[Sequence[str]]
+) -> list[str]:
+    """Returns what a user sees: prompts with their continuations, or what was read's answers."""
+    pairs = zip(prompts, found, strict=True)
+    return [t if reads(prog) else p + t for p, some in pairs for t in some]
 
 
 def make_rows(
@@ -168,9 +192,11 @@ def _sample(
     model = prog.model(stacked.plain(prog, cast_once(prog, params)))
     split = sharding.spec("batch", None)
     batch = Rows(*(reshard(a, P(*split[: a.ndim])) for a in batch))
-    B, T = batch.tokens.shape
-    M, S = config.tokens, slots(T, config.tokens)
-    cached, eot = cache_tokens(batch.lengths, T, S), stops[0]
+    eot, M = stops[0], config.tokens
+    first_BT, lengths_B, source = begun(model, batch, eot)
+    B, T = first_BT.shape
+    S = slots(T, M)
+    cached = cache_tokens(lengths_B, T, S)
     keys_B = jax.vmap(functools.partial(_row_key, key))(batch.streams)
 
     def more(carry: Any) -> Array:
@@ -185,18 +211,31 @@ def _sample(
         new_BM = lax.dynamic_update_slice(new_BM, ids_B[:, None], (0, m))
         ended_B = functools.reduce(jnp.logical_or, [ids_B == i for i in stops])
         done_B |= ended_B | (m + 1 >= batch.limits)
-        logits_BV, cache = advance(model, ids_B[:, None], T + m, cached, cache)
+        ids_B1 = ids_B[:, None]
+        logits_BV, cache = advance(model, ids_B1, T + m, cached, cache, source)
         return m + 1, logits_BV, done_B, new_BM, finite, cache
 
     zero = jnp.int32(0)
-    logits_BV, cache = advance(
-        model, batch.tokens, zero, cached, model.empty_cache(B, S)
-    )
+    cache = model.empty_cache(B, S, source)
+    logits_BV, cache = advance(model, first_BT, zero, cached, cache, source)
     new_BM = jnp.full((B, M), eot, jnp.int32, out_sharding=split)
     carry = (zero, logits_BV, batch.limits <= 0, new_BM, jnp.bool(True), cache)
     _, _, _, new_BM, finite, _ = lax.while_loop(more, step, carry)
     # All-gather over the batch's axes: every host reads every row.
     return reshard(new_BM, sharding.spec(None, None)), finite
+
+
+def begun(
+    model: Model, batch: Rows, eot: int
+) -> tuple[Int[Array, "B T"], Int[Array, " B"], Source | None]:
+    """Returns the tokens that texts begin with, flush right, how many they are, and what an
+    encoder made of the prompts; of a decoder alone the prompts themselves, and None."""
+    if not isinstance(model, EncoderDecoder):
+        return batch.tokens, batch.lengths, None
+    T = batch.tokens.shape[1]
+    source = model.encode(batch.tokens, cache_tokens(batch.lengths, T, T))
+    one_B = jnp.ones_like(batch.lengths)
+    return eot * one_B[:, None], one_B, source
 
 
 def slots(T: int, M: int) -> int:
@@ -222,6 +261,7 @@ def advance(
     slot: Int[Array, ""],
     cached: Tokens,
     cache: Any,
+    source: Source | None = None,
 ) -> tuple[Float[Array, "B V"], Any]:
     """Returns fp32 logits after the last of the tokens, and the cache with them.
 
@@ -233,10 +273,12 @@ def advance(
         slot: where they go.
         cached: positions and segments of all slots.
         cache: from `model.empty_cache`, or the last call.
+        source: what an encoder made of the prompts.
     """
     T = ids_BT.shape[1]
     here = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, slot, T, axis=1), cached)
-    x_BTD, _, cache = model(ids_BT, here, cache=cache, slot=slot, cached=cached)
+    given = {"cache": cache, "slot": slot, "cached": cached, "source": source}
+    x_BTD, _, cache = model(ids_BT, here, **given)
     logits_B1V = model.logits(x_BTD[:, -1:])
     # All-gather over tensor: choosing needs a whole row, and one position's is small.
     logits_BV = reshard(logits_B1V[:, 0], sharding.spec("batch", None))

@@ -31,8 +31,6 @@ from lm.experiment import Experiment
 from lm.log import Log, due
 from lm.lookout import Lookout
 from lm.nn import attend
-from lm.nn.attention import Attention
-from lm.nn.latent import Latent
 from lm.plan import placement
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
@@ -308,8 +306,7 @@ def _samples(
     say = _say if primary else _silent
     texts = generate.texts(prog, weights, coder, wanted.prompts, wanted, say)
     if primary:
-        pairs = zip(wanted.prompts, texts, strict=True)
-        samples = [prompt + text for prompt, some in pairs for text in some]
+        samples = generate.shown(prog, wanted.prompts, texts)
         joined = f"\n{'─' * 60}\n".join(samples) + "\n"
         (epath.Path(workdir) / "samples.txt").write_text(joined)
         print(joined, end="")
@@ -340,17 +337,13 @@ def _attention(prog: Program) -> str:
     """How attention is computed, in each kind of layer that has it."""
     model, layout = prog.experiment.model, prog.layout
     row = attend.Row(
-        platform=layout.platform,
+        layout=layout,
         length=prog.experiment.data.length,
         dtype=str(model.compute(layout.platform)),
         packed=prog.packed,
-        shards=layout.size("length"),
     )
-    found = dict.fromkeys(
-        block.mixer.how(row, block.dim // block.heads)
-        for block in model.blocks
-        if isinstance(block.mixer, Attention.Config | Latent.Config)
-    )
+    written = batches.written(prog.experiment.objective, prog.experiment.data)
+    found = dict.fromkeys(model.attends(row, written))
     return f", attention: {' and '.join(found)}" if found else ""
 
 

@@ -41,13 +41,14 @@ from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
 from lm.lookout import Lookout  # noqa: E402
 from lm.models import kinds  # noqa: E402
+from lm.plan import run as plan  # noqa: E402
 
 gc.freeze()  # modules stay
 gc.enable()
 WATCH.mark("imports")
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-MODES = ("train", "eval", "generate", "prepare", "import", "export")
+MODES = ("train", "eval", "generate", "prepare", "import", "export", "plan")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", "", "Name of a file in experiments/.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
@@ -71,6 +72,18 @@ _FROM = flags.DEFINE_string(
 _TO = flags.DEFINE_string("to", "", "A directory to write, for --mode=export.")
 _CHAT = flags.DEFINE_bool(
     "chat", False, "Prompts are what a user says, by the model's chat template."
+)
+_TARGET = flags.DEFINE_string(
+    "target", "", "Devices to plan for, like v5p:4x4x4, h100:8x8, cpu:8 or here."
+)
+_DEPTH = flags.DEFINE_string(
+    "depth", "model", "How deep --mode=plan looks: types, model or compile."
+)
+_SEARCH = flags.DEFINE_bool(
+    "search", False, "With --mode=plan: rank meshes, remat, microbatches, schedules."
+)
+_PRICE = flags.DEFINE_float(
+    "price_per_chip_hour", None, "What a chip costs for an hour, for --mode=plan."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0 of several; auto: ask the cluster."
@@ -126,6 +139,7 @@ def _run() -> int:
         "prepare": _prepare,
         "import": _import,
         "export": _export,
+        "plan": _plan,
     }
     lookout = Lookout(_workdir(), experiment.train.heartbeat_seconds)
     try:
@@ -198,8 +212,11 @@ def _need_folders() -> None:
         raise ConfigError(
             "--mode=import needs --workdir=DIR, where the model will live"
         )
-    if _CHAT.value and _MODE.value != "generate":
-        raise ConfigError("--chat is for --mode=generate")
+    only = {"generate": (_CHAT,), "plan": (_TARGET, _DEPTH, _SEARCH, _PRICE)}
+    for mode, some in only.items():
+        for flag in some:
+            if flag.value != flag.default and _MODE.value != mode:
+                raise ConfigError(f"--{flag.name} is for --mode={mode}")
 
 
 def _print_config(experiment: Experiment, base: Experiment) -> None:
@@ -224,6 +241,8 @@ def _configure(experiment: Experiment) -> None:
     if experiment.train.deterministic:
         flag = " --xla_gpu_deterministic_ops=true"
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
+    if _MODE.value == "plan" and _TARGET.value != "here":
+        jax.config.update("jax_platforms", "cpu")  # no other device is looked for
     if _CPUS.value is not None:
         if _CPUS.value < 1:
             raise ConfigError(f"--cpu_devices={_CPUS.value}: expected 1 or more")
@@ -311,9 +330,7 @@ def _generate(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
         coder = Chat(coder)
     texts = generate.texts(prog, params, coder, prompts, experiment.generate, _say)
     if jax.process_index() == 0:
-        for prompt, some in zip(prompts, texts, strict=True):
-            for text in some:
-                print(f"{prompt}{text}")
+        print(*generate.shown(prog, prompts, texts), sep="\n")
     return loop.DONE
 
 
@@ -328,6 +345,21 @@ def _export(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     prog, params, coder, _ = _restored(experiment, workdir)
     plain = train.saved(prog, params)
     work.send_out(experiment, plain, coder, _TO.value, workdir, prog)
+    return loop.DONE
+
+
+def _plan(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    del lookout
+    plan.run(
+        experiment,
+        workdir,
+        tuple(_SET.value),
+        name=_TARGET.value,
+        depth=_DEPTH.value,
+        searching=_SEARCH.value,
+        price=_PRICE.value,
+        say=_say,
+    )
     return loop.DONE
 
 

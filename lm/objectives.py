@@ -7,6 +7,7 @@ one device's share.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from lm.batches import (
     Causal,
     Classification,
     CrossEntropy,
+    Masked,
     Objective,
     Prefix,
     Seq2Seq,
@@ -27,6 +29,7 @@ from lm.batches import (
 )
 from lm.config import ConfigError, kind
 from lm.models import kinds
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
@@ -40,19 +43,18 @@ Batch = dict[
 ]  # tokens, targets, segments, positions [B, T]; weights; bytes, index [B]
 
 
-NEEDS = {  # what no model there is has
-    SpanCorruption: "an encoder and a decoder",
-    Seq2Seq: "an encoder and a decoder",
+NEEDS = {
+    Masked: "model=Encoder",
+    Classification: "a model with model.head=Classes, as model=Encoder",
+    Seq2Seq: "an encoder and a decoder, model=EncoderDecoder",
+    SpanCorruption: "an encoder and a decoder, model=EncoderDecoder",
 }
 
 
 FITS: dict[Any, tuple[str, ...]] = {  # by what a model ends in
-    None: ("Causal", "Prefix", "Sft"),
     Words.Config: ("Masked",),
     Classes.Config: ("Classification",),
-    Pooler.Config: (
-        "Masked",
-    ),  # of a run that only keeps the weights, see `kinds.untrained`
+    Pooler.Config: ("Masked",),  # by name only, see `kinds.untrained`
 }
 
 
@@ -63,20 +65,17 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
         ConfigError: what it lacks, and what can be used.
     """
     name, has = kind(type(objective)), kind(type(model))
-    fits, head = FITS[None], kinds.head(model)
+    fits, head = ("Causal", "Prefix", "Sft"), kinds.head(model)
+    if isinstance(model, EncoderDecoder.Config):
+        fits = ("Seq2Seq", "SpanCorruption")
     if head is not None:
         fits = FITS[type(head)]
         has = f"{has} with model.head={kind(type(head))}"
-    if need := NEEDS.get(type(objective)):
-        raise ConfigError(
-            f"objective={name} needs {need}, and model={has}; use objective="
-            f"{' or '.join(fits)}"
-        )
     if name not in fits:
+        needs = NEEDS.get(type(objective), "model=Transformer or model=Recurrent")
         raise ConfigError(
             f"objective={name} does not go with model={has}, which is trained by "
-            f"{' or '.join(fits)}; Masked needs model=Encoder, and Classification a model with "
-            "model.head=Classes"
+            f"{' or '.join(fits)}; {name} needs {needs}"
         )
     labels = len(getattr(objective, "labels", ()))
     if isinstance(head, Classes.Config) and head.classes != labels:
@@ -95,7 +94,7 @@ def causal(
     objective: Objective,
     model: Model,
     batch: Batch,
-    keys_BT: Any,
+    keys: Callable[[int], Array] | None,
     packed: bool,
     graded: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
@@ -106,9 +105,7 @@ def causal(
     and those of the layers. The losses of layers are a row's; they count as often as its scored
     tokens.
     """
-    x_BTD, aux, _ = model(
-        batch["tokens"], Tokens(batch["positions"], batch["segments"]), keys_BT, packed
-    )
+    x_BTD, aux = model.read(batch, keys, packed)
     loss, sums = score(objective, model, x_BTD, batch, graded)
     of_layers, more = layers(aux, batch)
     return loss + of_layers, {**sums, **more}

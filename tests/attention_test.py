@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import reference_parts
 import toy
 
 from lm import sharding
@@ -71,7 +72,7 @@ def everything(f, arrays, cotangents):
 def formula(mask, arrays, cotangents, q_tokens, kv_tokens):
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, cotangents))
-        f = lambda *a: reference.attention(mask, *a, q_tokens, kv_tokens)  # noqa: E731
+        f = lambda *a: reference_parts.attention(mask, *a, q_tokens, kv_tokens)  # noqa: E731
         return everything(f, *wide)
 
 
@@ -195,6 +196,7 @@ LONG = attend.Case(
     dtype="bfloat16",
     packed=False,
     mask=Mask(scale=1.0),
+    capability=9.0,
 )
 CHOICES = [
     ({}, "cudnn"),
@@ -216,13 +218,8 @@ CHOICES = [
 ]
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda: 9.0)
-
-
 @pytest.mark.parametrize(("change", "choice"), CHOICES)
-def test_auto_takes_the_fastest_that_honours_the_case(hopper, change, choice):
+def test_auto_takes_the_fastest_that_honours_the_case(change, choice):
     case = dataclasses.replace(LONG, **change)
     assert case.choose("auto") == choice
     assert case.choose(choice) == choice  # and by name the same
@@ -256,11 +253,11 @@ def test_one_asked_for_by_name_is_refused_with_the_reason_and_a_fix(
     assert "\n" not in message
 
 
-def test_an_old_gpu_gets_no_cudnn(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda: 7.5)
-    assert LONG.choose("auto") == "blockwise"
+def test_an_old_gpu_gets_no_cudnn():
+    old = dataclasses.replace(LONG, capability=7.5)
+    assert old.choose("auto") == "blockwise"
     with pytest.raises(ConfigError, match=r"compute capability 8, here it is 7\.5"):
-        LONG.choose("cudnn")
+        old.choose("cudnn")
 
 
 @pytest.mark.parametrize(("queries", "keys", "block"), [
@@ -330,8 +327,6 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     ],
 )
 def test_a_run_can_say_how_attention_is_computed(mesh, length, said):
-    shards = toy.layout(sharding.MeshConfig(**mesh)).size("length")
-    row = attend.Row(
-        platform="cpu", length=length, dtype="float32", packed=True, shards=shards
-    )
+    layout = toy.layout(sharding.MeshConfig(**mesh))
+    row = attend.Row(layout=layout, length=length, dtype="float32", packed=True)
     assert Attention.Config().how(row, 64) == said

@@ -19,11 +19,12 @@ import toy
 from etils import epath
 
 from lm import config, generate, gradients, train
-from lm.batches import Classification, Masked
+from lm.batches import Causal, Classification, Masked, Seq2Seq
 from lm.convert import families, files, weights
 from lm.data import tokenizer as tokenizers
 from lm.experiment import Generate
 from lm.models import kinds
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.nn.blockwise import Tokens
 from lm.nn.heads import Classes
 
@@ -38,6 +39,7 @@ pytestmark = [
 
 ROWS, LENGTH, NEW = 3, 40, 12
 REAL = np.array([40, 27, 9])  # tokens of each row, the rest is padding
+NAMES = [*families_hf.CONFIGS, *families_hf.ENCODERS]
 LABELS = ("a", "b", "c")
 TOLERANCE = 1e-4  # of logits around 1, of the loss, and of a gradient's norm
 
@@ -49,7 +51,10 @@ def made(name):
     values = families_hf.EVERY[name]
     chosen = transformers.AutoConfig.for_model(**values)
     chosen._attn_implementation = "eager"
-    model = kind(name)._from_config(chosen)
+    model = kind_of(values)._from_config(chosen)
+    if values.get("tie_word_embeddings") is False and name in families_hf.READERS:
+        head = 0.1 * model.lm_head.weight.detach()  # it is made for logits around 10
+        model.lm_head.weight = torch.nn.Parameter(head)
     model = model.to(torch.float32).eval()
     everything = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
@@ -70,28 +75,35 @@ def made(name):
     )
 
 
-def kind(name):
-    """Returns the class of transformers that a model is of."""
-    values = families_hf.EVERY[name]
+def kind_of(values):
+    """Returns the class of transformers that makes such models."""
     if "architectures" in values:
         return getattr(transformers, values["architectures"][0])
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[
-        transformers.CONFIG_MAPPING[values["model_type"]]
-    ]
+    chosen = transformers.CONFIG_MAPPING[values["model_type"]]
+    if values["model_type"] == "t5":
+        return transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[chosen]
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[chosen]
 
 
-def program(model: kinds.Config) -> train.Program:
-    words = kinds.head(model) is not None
+def objective_of(model):
+    """Returns what a model is trained by."""
+    if isinstance(model, EncoderDecoder.Config):
+        return Seq2Seq(target_length=32)
+    if isinstance(kinds.head(model), Classes.Config):
+        return Classification(labels=LABELS)
+    return Causal() if kinds.head(model) is None else Masked(mask_id=3)
+
+
+def program(model) -> train.Program:
     data = dataclasses.replace(
         toy.BASE.data,
         length=64,
         tokenizer=tokenizers.SentencePiece(),
-        packing="documents" if words else "windows",
     )
-    objective: Any = Masked(mask_id=3) if words else toy.BASE.objective
-    if isinstance(kinds.head(model), Classes.Config):
-        objective = Classification(labels=LABELS)
-    chosen = dataclasses.replace(toy.BASE, model=model, data=data, objective=objective)
+    more: Any = {"objective": objective_of(model)}
+    if not isinstance(more["objective"], Causal):
+        data = dataclasses.replace(data, packing="documents")
+    chosen = dataclasses.replace(toy.BASE, model=model, data=data, **more)
     return train.program(chosen, toy.layout(chosen.mesh))
 
 
@@ -146,7 +158,7 @@ def theirs(one, host, **more):
     ("name", "side"),
     [
         (name, side)
-        for name in families_hf.EVERY
+        for name in NAMES
         for side in ("right", "left")
         # Theirs takes the first place of a row for its first token, also where it is padding.
         if (name, side) != ("bert, classes", "left")
@@ -204,7 +216,7 @@ def scored(name):
     return host, np.where(chosen, other, -100)
 
 
-@pytest.mark.parametrize("name", [n for n in families_hf.EVERY if n != "bert"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "bert"])
 def test_loss_and_every_gradient_are_the_same(name):
     one = made(name)
     host, labels = scored(name)
@@ -220,6 +232,11 @@ def test_loss_and_every_gradient_are_the_same(name):
     sums, grads = one.prog.compiled(of)(one.params, toy.place(one.prog, host))
     assert abs(float(sums["loss"]) / loss.item() - 1) < TOLERANCE
 
+    same_gradients(one, grads)
+
+
+def same_gradients(one, grads):
+    """Checks gradients against those that the model of transformers holds."""
     values = {k: p.data.clone() for k, p in one.model.named_parameters()}
     buffers = {k: p.data.clone() for k, p in one.model.named_buffers()}
     try:  # the gradient, saved as a model is
@@ -264,9 +281,8 @@ def test_greedy_text_is_the_same_token_for_token(name):
     np.testing.assert_array_equal(np.asarray(found)[:3], expected)
 
 
-@pytest.mark.parametrize("name", families_hf.EVERY)
-def test_what_is_exported_is_what_transformers_reads(name):
-    """Every tensor has its bytes again, and config.json, written anew, says the same."""
+def exported(name):
+    """Writes a model out again and checks its bytes; returns what transformers reads."""
     one, warned = made(name), []
     with toy.refused("config.json", "a_new_key=1"):
         families.read({**one.json, "a_new_key": 1})
@@ -295,13 +311,20 @@ def test_what_is_exported_is_what_transformers_reads(name):
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
-        again, info = kind(name).from_pretrained(
+        again, info = kind_of(families_hf.EVERY[name]).from_pretrained(
             str(folder), output_loading_info=True, attn_implementation="eager"
         )
     finally:
         logger.removeHandler(handler)
-    assert not warned
     assert not any(info.values()), info
+    return again, warned
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_exported_is_what_transformers_reads(name):
+    """Every tensor has its bytes again, and config.json, written anew, says the same."""
+    one, (again, warned) = made(name), exported(name)
+    assert not warned
     host = batch(tokens(name), padded("right"))
     with torch.no_grad():
         one_logits = theirs(one, host)[0]
@@ -310,6 +333,5 @@ def test_what_is_exported_is_what_transformers_reads(name):
 
 
 def test_there_is_a_case_for_every_family():
-    assert {values["model_type"] for values in families_hf.EVERY.values()} == set(
-        families.FAMILIES
-    )
+    every = families_hf.EVERY.values()
+    assert {values["model_type"] for values in every} == set(families.FAMILIES)

@@ -12,6 +12,7 @@ import reference
 import toy
 
 from lm import experiment, optim, sharding, train, trees
+from lm.plan import target
 
 DROPOUT = "model.dropout=0.1"
 
@@ -304,7 +305,7 @@ def test_no_parameter_is_whole_that_could_be_split(kind):
 def test_every_experiment_fits_its_production_mesh(name):
     """Shapes, shardings and the whole step are checked on as many devices, none of them real."""
     chosen = experiment.load(name)
-    count = chosen.devices or 8
+    count = target.read(chosen.target).devices
     for platform in ("tpu", "gpu"):
         prog = train.program(
             chosen, sharding.abstract_layout(chosen.mesh, count, platform)

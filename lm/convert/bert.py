@@ -141,7 +141,9 @@ def _table(c: Encoder.Config) -> Table:
         whole += _both("end/class_dc", "classifier", t, bias="end/class_bias_c")
     size = c.attention.head_dim or c.dim // c.heads
     layers = (_layer(f"{at}encoder.layer.{i}", c.heads, size) for i in range(c.layers))
-    return Table(tuple(whole), tuple(layers), head="cls.predictions.decoder.weight")
+    return Table(
+        tuple(whole), tuple(layers), copies=("cls.predictions.decoder.weight",)
+    )
 
 
 def _renamed(name: str) -> str:
@@ -163,6 +165,6 @@ BERT = Family(
         "cls.seq_relationship.*",
     ),
     prefix="",
-    kind=Encoder.Config,
+    model=Encoder.Config,
     renamed=_renamed,
 )

@@ -13,8 +13,9 @@ from lm.convert import (
     mixtral,
     qwen,
     qwen_moe,
+    t5,
 )
-from lm.convert.family import Family, essence
+from lm.convert.family import Family, Model, essence
 from lm.convert.fields import Fields
 from lm.models import kinds
 
@@ -36,13 +37,12 @@ FAMILIES = {
         gemma.GEMMA2,
         gemma.GEMMA3,
         bert.BERT,
+        t5.T5,
     )
 }
 
 
-def read(
-    data: dict[str, Any], where: str = "config.json"
-) -> tuple[Family, kinds.Config]:
+def read(data: dict[str, Any], where: str = "config.json") -> tuple[Family, Model]:
     """Returns the family and the model that a config.json describes.
 
     Raises:
@@ -75,12 +75,11 @@ def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
         ConfigError: there is none; the one that misses least is named.
     """
     wanted, misses = essence(model), []
-    decoder: Any = model
     for family in FAMILIES.values():
-        if family.kind is not type(model):
+        if family.model is not type(model):
             continue
         try:
-            data = {"model_type": family.model_type, **family.write(decoder)}
+            data = {"model_type": family.model_type, **family.write(model)}
             _, found = read(data, family.model_type)
         except (AssertionError, ConfigError, KeyError, StopIteration):
             continue

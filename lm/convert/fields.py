@@ -30,8 +30,8 @@ HARMLESS = frozenset(
 # Dropout while training: the experiment's to choose (model.dropout), not the weights'.
 DROPOUT = (
     *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"),
-    *("resid_dropout", "residual_dropout", "attention_probs_dropout_prob"),
-    *("hidden_dropout_prob", "classifier_dropout"),
+    *("resid_dropout", "residual_dropout", "dropout_rate", "classifier_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
 )
 
 

@@ -41,6 +41,10 @@ class Bag(Model):
             """No layers."""
             return ()
 
+        @property
+        def ffn(self) -> None:
+            """No feed-forward layers either."""
+
     def __init__(self, config: Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         D, std = config.dim, config.init_std

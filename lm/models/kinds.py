@@ -7,15 +7,23 @@ from flax import nnx
 from lm.config import ConfigError
 from lm.models.bag import Bag
 from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 from lm.nn.heads import Pooler
 
-Config: TypeAlias = Transformer.Config | Recurrent.Config | Encoder.Config | Bag.Config
+Config: TypeAlias = (
+    Transformer.Config
+    | Recurrent.Config
+    | Encoder.Config
+    | EncoderDecoder.Config
+    | Bag.Config
+)
 
 _MODELS: dict[Any, Any] = {
-    model.Config: model for model in (Transformer, Recurrent, Encoder, Bag)
+    model.Config: model
+    for model in (Transformer, Recurrent, Encoder, EncoderDecoder, Bag)
 }
 
 

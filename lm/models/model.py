@@ -7,6 +7,7 @@ Shapes: B batch, T length, D embed, V vocabulary padded to `vocab_multiple`.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,12 +19,33 @@ from jaxtyping import Array, Float, Int
 from lm import sharding
 from lm.config import ConfigError
 from lm.models import chunk, stack
+from lm.nn import attend
+from lm.nn.attention import Attention
 from lm.nn.blockwise import NEG, Tokens, cap
 from lm.nn.heads import END
-from lm.nn.layers import Learned, Norm, RmsNorm, Side, dropout, make_norm
+from lm.nn.latent import Latent
+from lm.nn.layers import (
+    Learned,
+    Norm,
+    RmsNorm,
+    Side,
+    Sinusoidal,
+    Source,
+    dropout,
+    make_norm,
+    sinusoids,
+)
 from lm.nn.param import param, rows, weight
+from lm.nn.relative import Relative
 
 DEEPEST = 100_000  # layers; more is a slip of the hand
+
+
+def how(blocks: Sequence[stack.Block.Config], row: attend.Row) -> list[str]:
+    """Returns in words how the attention of blocks is computed over rows."""
+    mixers: Any = [(block.mixer, block.dim // block.heads) for block in blocks]
+    some = Attention.Config | Latent.Config
+    return [c.how(row, H) for c, H in mixers if isinstance(c, some)]
 
 
 class Model(nnx.Module):
@@ -105,6 +127,26 @@ class Model(nnx.Module):
             return None
 
         @property
+        def sinusoidal(self) -> Sinusoidal | None:
+            """The sines that stand for positions, where it has them."""
+            return None
+
+        @property
+        def relative(self) -> Relative | None:
+            """The learned scores of distances, where it has them."""
+            return None
+
+        def attends(self, row: attend.Row, written: int) -> list[str]:
+            """Returns in words how each layer that has attention computes it.
+
+            Args:
+                row: what a step reads.
+                written: tokens of a row in which something is predicted.
+            """
+            del written
+            return how(self.blocks, row)
+
+        @property
         def sparse(self) -> range:
             """Numbers of the layers that have experts."""
             return range(0)
@@ -153,6 +195,7 @@ class Model(nnx.Module):
         cache: Any = None,
         slot: Array | None = None,
         cached: Tokens | None = None,
+        source: Source | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
         """Returns the hidden states after the last norm, sums of the layers' aux, and the cache.
 
@@ -164,12 +207,32 @@ class Model(nnx.Module):
             cache: from `empty_cache`, or None.
             slot: with a cache, where these tokens go in it.
             cached: with a cache, positions and segments of all its slots, these tokens included.
+            source: what an encoder made of the rows that these look at.
         """
         x_BTD = self.embed(tokens_BT, tokens.positions, keys_BT)
         side = self.side(tokens, keys_BT, packed, slot, cached)
+        side = dataclasses.replace(side, source=source)
         how = {"remat": self.config.remat, "scan": self.config.scan}
         x_BTD, aux, cache = stack.run(self.layers, x_BTD, side, cache, **how)
         return self.final(x_BTD), aux, cache
+
+    def read(
+        self,
+        batch: Mapping[str, Array],
+        keys: Callable[[int], Array] | None,
+        packed: bool,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Returns what a call does, without a cache, of the rows of a batch (see `lm.batches`).
+
+        Args:
+            batch: the rows.
+            keys: of dropout, by the length of a row; None for none.
+            packed: as of a call.
+        """
+        tokens = Tokens(batch["positions"], batch["segments"])
+        keys_BT = keys and keys(batch["tokens"].shape[1])
+        x_BTD, aux, _ = self(batch["tokens"], tokens, keys_BT, packed)
+        return x_BTD, aux
 
     def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns what the head takes, from what the last layer returned."""
@@ -194,7 +257,7 @@ class Model(nnx.Module):
         cached: Tokens | None = None,
     ) -> Side:
         """Returns what every block gets besides the residual stream; arguments as of a call."""
-        return Side(tokens, None, keys_BT, slot, cached, packed)
+        return Side(tokens, keys_BT=keys_BT, slot=slot, cached=cached, packed=packed)
 
     def stage(
         self,
@@ -217,6 +280,9 @@ class Model(nnx.Module):
         if self.config.learned is not None:
             table_pd = weight(self.position_pd, self.dtype)
             x_BTD = x_BTD + table_pd.at[positions_BT].get(out_sharding=out)
+        if self.config.sinusoidal is not None:
+            waves_BTD = sinusoids(self.config.sinusoidal, self.config.dim, positions_BT)
+            x_BTD = x_BTD + waves_BTD.astype(x_BTD.dtype)
         return reshard(x_BTD, sharding.spec("batch", "residual", None))
 
     def head(self) -> nnx.Param:
@@ -248,8 +314,9 @@ class Model(nnx.Module):
         end: Any = getattr(self, END)
         return end.scores(x_BTD, tokens)
 
-    def empty_cache(self, batch: int, length: int) -> Any:
+    def empty_cache(self, batch: int, length: int, source: Source | None = None) -> Any:
         """Returns what decoding keeps of `batch` rows of `length` tokens, leaves [L, B, ...]."""
+        assert source is None, "there is nothing that looks at it"
         blocks = self.config.blocks
         one = stack.empty_cache(blocks[0], batch, length, self.dtype)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(blocks), *a.shape)), one)

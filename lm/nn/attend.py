@@ -1,24 +1,26 @@
 """Attention from queries, keys, values, positions and segments: chooses how, and says which.
 
-| implementation | where                     | packed documents | window | soft cap | log-sum-exp |
-|----------------|---------------------------|------------------|--------|----------|-------------|
-| einsum         | anywhere, short sequences | yes              | yes    | yes      | yes         |
-| blockwise      | anywhere                  | yes              | yes    | yes      | yes         |
-| cudnn          | NVIDIA Ampere and newer   | no               | causal | no       | no gradient |
-| splash         | TPU                       | yes              | causal | yes      | no          |
+| implementation | where                    | packed rows | window | soft cap | log-sum-exp | bias |
+|----------------|--------------------------|-------------|--------|----------|-------------|------|
+| einsum         | anywhere, short rows     | yes         | yes    | yes      | yes         | yes  |
+| blockwise      | anywhere                 | yes         | yes    | yes      | yes         | no   |
+| cudnn          | NVIDIA Ampere and newer  | no          | causal | no       | no gradient | no   |
+| splash         | TPU                      | yes         | causal | yes      | no          | no   |
 
 Where devices split the row, it is blockwise, by one of the ways of lm/nn/ring.py.
 
-Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, H head dim.
+Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, H head dim, R
+devices with rows of their own.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float
 
 from lm import sharding
@@ -29,6 +31,7 @@ from lm.nn.blockwise import Mask, Tokens
 Implementation = Literal["auto", "einsum", "blockwise", "cudnn", "splash"]
 Context = Literal["auto", "ring", "gather"]
 SHORT = 1024 * 1024  # T x S up to which forming the scores is cheap
+IN_NAME = "dot_product_attention"  # of cuDNN, in traces for GPUs that are not here
 GATHERED = (
     8192  # S up to which all keys and values are small beside the rest of a layer
 )
@@ -49,6 +52,8 @@ class Case:
     mask: Mask
     shards: int = 1  # devices that split the row
     lse: bool = False  # the log-sum-exp is used, and its gradient
+    capability: float = 0.0  # compute capability of the GPU
+    bias: bool = False  # scores have a learned part of their own, `relative.scores`
 
     def how(self, asked: Implementation, context: Context) -> str:
         """Returns in words how it is computed."""
@@ -57,6 +62,8 @@ class Case:
 
     def obstacle(self, implementation: str) -> str | None:
         """Returns why the implementation can't do this, or None."""
+        if self.bias and implementation != "einsum":
+            return "it has no learned scores of distances (model.positions=Relative)"
         if implementation == "blockwise" and self.block() == 0:
             per = f", over {self.shards} devices," if self.shards > 1 else ""
             return (
@@ -70,8 +77,11 @@ class Case:
         if implementation == "cudnn":
             if self.platform != "gpu":
                 return f"it needs an NVIDIA GPU, this is {self.platform}"
-            if (capability := _capability()) < 8:
-                return f"it needs an NVIDIA GPU of compute capability 8, here it is {capability:g}"
+            if self.capability < 8:
+                return (
+                    "it needs an NVIDIA GPU of compute capability 8, here it is "
+                    f"{self.capability:g}"
+                )
             if self.dtype not in ("bfloat16", "float16"):
                 return f"it computes in bfloat16 or float16, not {self.dtype}"
             if self.packed:
@@ -124,6 +134,11 @@ class Case:
                 )
             return asked
         if self.shards > 1:
+            if self.bias:
+                raise ConfigError(
+                    f"mesh.seq={self.shards}: model.positions=Relative needs whole rows; set "
+                    "mesh.seq=1"
+                )
             if reason := self.obstacle("blockwise"):
                 raise ConfigError(
                     f"data.length={self.queries}: {reason}; use a length that is a multiple of "
@@ -152,28 +167,36 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Rows of a train step, which attend to themselves."""
+    """Rows of a train step, which attend to themselves or to others."""
 
-    platform: str
+    layout: sharding.Layout
     length: int  # tokens
     dtype: str
     packed: bool
-    shards: int = 1  # devices that split the row
+    bias: bool = False  # see `Case`
+    keys: int | None = None  # tokens of the other rows; None: to themselves
+
+    @property
+    def shards(self) -> int:
+        """Devices that split the row."""
+        return self.layout.size("length")
 
     def case(
         self, head_dim: int, mask: Mask, packed: bool = False, lse: bool = False
     ) -> Case:
         """Returns what attention over the rows needs; `packed` where it does whatever they are."""
         return Case(
-            platform=self.platform,
+            platform=self.layout.platform,
+            capability=_capability(self.layout),
             queries=self.length,
-            keys=self.length,
+            keys=self.length if self.keys is None else self.keys,
             head_dim=head_dim,
             dtype=self.dtype,
             packed=self.packed or packed,
             mask=mask,
             shards=self.shards,
             lse=lse,
+            bias=self.bias,
         )
 
 
@@ -188,10 +211,12 @@ def attend(
     packed: bool = True,
     context: Context = "auto",
     lse: bool = False,
+    bias_RKGTS: Float[Array, "R K G T S"] | None = None,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"] | None]:
     """Returns the attention output, and each query's log-sum-exp (fp32) where it is known.
 
-    With `lse` it is known, and has its gradient.
+    With `lse` it is known, and has its gradient. `bias` is added to the scores, see
+    `relative.scores`.
 
     Each device works on its own rows and heads, in a manual region. `packed=False` promises that
     every row is one segment at positions 0, 1, 2, …; devices that split rows, and have moved
@@ -200,6 +225,7 @@ def attend(
     layout = sharding.current()
     case = Case(
         platform=layout.platform,
+        capability=_capability(layout),
         queries=q_BTKGH.shape[1],
         keys=k_BSKH.shape[1],
         head_dim=q_BTKGH.shape[4],
@@ -208,6 +234,7 @@ def attend(
         mask=mask,
         shards=layout.size("length"),
         lse=lse,
+        bias=bias_RKGTS is not None,
     )
     chosen = case.choose(implementation)
     if case.shards > 1:
@@ -231,16 +258,21 @@ def attend(
         kv_tokens.positions,
         kv_tokens.segments,
     )
+    given = (q_BTKGH, k_BSKH, v_BSKH, *ids)
+    if bias_RKGTS is not None:
+        ins = (*ins, sharding.spec("batch", "kv_heads", None, "length", None))
+        given = (*given, bias_RKGTS)
     call = manual.manual(body, ins, (q_spec, *lse_spec), "attention")
-    out = call(q_BTKGH, k_BSKH, v_BSKH, *ids)
+    out = call(*given)
     return out[0], out[1] if lse_spec else None
 
 
-def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg):
+def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg, bias=None):
     """Attention on one device; returns the output, and the log-sum-exp if there is one."""
     mask, q_tokens, kv_tokens = case.mask, Tokens(q_pos, q_seg), Tokens(kv_pos, kv_seg)
     if implementation == "einsum":
-        return quadratic.attention(mask, case.packed, q, k, v, q_tokens, kv_tokens)
+        given = (q, k, v, q_tokens, kv_tokens, bias)
+        return quadratic.attention(mask, case.packed, *given)
     if implementation == "blockwise":
         return blockwise.attention(mask, case.block(), q, k, v, q_tokens, kv_tokens)
     B, T, K, G, H = q.shape
@@ -251,20 +283,59 @@ def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg):
     return (_splash(mask, q, k, v, q_seg, kv_seg).reshape(B, T, K, G, H),)
 
 
-def _capability() -> float:
-    """Compute capability of the GPU that this process has; 0 without one."""
-    if jax.default_backend() != "gpu":
+def _capability(layout: sharding.Layout) -> float:
+    """Compute capability of a mesh's GPUs; those that exist in name only can all."""
+    if layout.platform != "gpu":
         return 0.0
-    return float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    if isinstance(layout.mesh, AbstractMesh):
+        return math.inf
+    return float(getattr(layout.mesh.devices.flat[0], "compute_capability", 0))
 
 
 def _cudnn(mask, q, k, v):
+    if isinstance(sharding.current().mesh, AbstractMesh):
+        return _in_name(mask.causal, q, k, v)
     window = None if mask.window is None else (mask.window - 1, 0)
     out, lse = jax.nn.dot_product_attention(
         q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window,
         implementation="cudnn", return_residual=True,
     )  # fmt: skip
     return out, lse.transpose(0, 2, 1)
+
+
+def _name(which: str, causal: bool) -> str:
+    return f"{IN_NAME}_{which}{'_causal' if causal else ''}"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_name(causal: bool, q: Any, k: Any, v: Any) -> Any:
+    """Types of what cuDNN's attention returns, where no GPU is: to trace, not to run."""
+    B, T, N, _ = q.shape
+    lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    name = _name("fwd", causal)
+    call: Any = jax.ffi.ffi_call(name, (q, lse), vmap_method="broadcast_all")
+    return call(q, k, v)
+
+
+def _in_name_forward(causal: bool, q: Any, k: Any, v: Any) -> Any:
+    out, lse = _in_name(causal, q, k, v)
+    return (out, lse), (q, k, v, out, lse)
+
+
+def _in_name_backward(causal: bool, kept: Any, grads: Any) -> Any:
+    q, k, v, *_ = kept
+    call: Any = jax.ffi.ffi_call(
+        _name("bwd", causal), (q, k, v), vmap_method="broadcast_all"
+    )
+    return call(*kept, grads[0])
+
+
+_in_name.defvjp(_in_name_forward, _in_name_backward)
+
+
+def tile(queries: int, keys: int) -> int:
+    """Returns the length of the blocks of the kernel for TPUs."""
+    return max(b for b in (128, 256, 512) if queries % b == 0 and keys % b == 0)
 
 
 def _splash(mask, q, k, v, q_seg, kv_seg):
@@ -281,7 +352,7 @@ def _splash(mask, q, k, v, q_seg, kv_seg):
     else:
         one = masks.CausalMask((T, S)) if mask.causal else masks.FullMask((T, S))
     heads = masks.MultiHeadMask([one] * q.shape[2])
-    block = max(b for b in (128, 256, 512) if T % b == 0 and S % b == 0)
+    block = tile(T, S)
     sizes = kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,

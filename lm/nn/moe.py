@@ -319,7 +319,8 @@ class Moe(nnx.Module):
         if c.bias:
             shifts = [] if plain else [self.gate_bias_ef]
             biases = [b[...].astype(dtype) for b in (*shifts, self.up_bias_ef)]
-        act = PLAIN.get(c.activation, functools.partial(gated, c.activation, c.limit))
+        act: Any = functools.partial(gated, c.activation, c.limit)
+        act = PLAIN.get(c.activation, act)
         where = ragged.plan(choice_BTK, E)
         x = ragged.send(x_BTD, where, E // sharding.current().size("expert"))
         return ragged.receive(

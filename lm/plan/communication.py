@@ -4,9 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from lm import sharding, train
 from lm.plan import collectives, minimum
 from lm.program import Program
@@ -30,27 +27,7 @@ class Row:
 def compiled(prog: Program) -> Any:
     """Returns the compiled train step of `prog`; no array exists."""
     step: Any = train.make_train_step(prog)
-    return step.lower(train.abstract_state(prog), batch(prog)).compile()
-
-
-def batch(prog: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a train step's batch."""
-    e = prog.experiment
-    B, T = e.train.batch_size, e.data.length
-    with sharding.use(prog.layout):
-        tokens = prog.sharding(sharding.spec("batch", "length"))
-        rows = prog.sharding(sharding.spec("batch"))
-
-    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        where = tokens if len(shape) == 2 else rows
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    names = ("tokens", "targets", "segments", "positions")
-    return {name: of((B, T), jnp.int32) for name in names} | {
-        "weights": of((B, T), jnp.float32),
-        "bytes": of((B,), jnp.int32),
-        "index": of((B,), jnp.uint32),
-    }
+    return step.lower(train.abstract_state(prog), train.abstract_batch(prog)).compile()
 
 
 def compare(prog: Program, found: Sequence[collectives.Collective]) -> list[Row]:
