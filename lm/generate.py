@@ -27,7 +27,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import sharding, stacked, trees
-from lm.config import ConfigError, kind
+from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
 from lm.models import kinds
@@ -86,8 +86,9 @@ def texts(
     if not prompts:
         return []
     if kinds.head(prog.experiment.model) is not None:
-        name = kind(type(prog.experiment.model))
-        raise ConfigError(f"model={name} reads whole texts and continues none")
+        raise ConfigError(
+            "a model with model.head reads whole texts, and continues none"
+        )
     context = prog.experiment.data.length
     ids = encode(coder, prompts, context)
     longest = max(map(len, ids))
