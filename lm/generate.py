@@ -30,7 +30,7 @@ from lm import sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
-from lm.models.encoder import Encoder
+from lm.models import kinds
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
 from lm.nn import manual
@@ -85,8 +85,10 @@ def texts(
     """
     if not prompts:
         return []
-    if isinstance(prog.experiment.model, Encoder.Config):
-        raise ConfigError("model=Encoder reads whole texts and continues none")
+    if kinds.head(prog.experiment.model) is not None:
+        raise ConfigError(
+            "a model with model.head reads whole texts, and continues none"
+        )
     context = prog.experiment.data.length
     ids = encode(coder, prompts, context)
     longest = max(map(len, ids))

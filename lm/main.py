@@ -40,6 +40,7 @@ from lm.experiment import Experiment  # noqa: E402
 from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
 from lm.lookout import Lookout  # noqa: E402
+from lm.models import kinds  # noqa: E402
 from lm.plan import run as plan  # noqa: E402
 
 gc.freeze()  # modules stay
@@ -129,6 +130,8 @@ def _run() -> int:
         _print_config(experiment, base)
         return loop.DONE
     _configure(experiment)
+    if _MODE.value in ("train", "eval", "prepare"):
+        kinds.untrained(experiment.model)
     modes = {
         "train": _train,
         "eval": _eval,
@@ -298,7 +301,8 @@ def _restored(
         else f"{workdir}/{checkpoint.FOLDER}/{_STEP.value}"
     )
     target = train.saved(prog, {key: state.params})
-    arrays, found = checkpoint.restore_from(source, target)
+    kept, step = checkpoint.found_at(source)
+    arrays, found = kept.restore(target, step, partial=True)
     params = train.loaded(prog, arrays)[key]
     return prog, params, tokenizer.from_files(found.files), found.step
 
