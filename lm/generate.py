@@ -3,10 +3,11 @@
 Keys and values of earlier tokens stay in a cache. Prompts of different lengths stand
 flush right in the slots before the first new token, so that a step writes one slot of
 all rows; the slots in front belong to segment 0, which no token of a prompt sees. A
-sample depends on its prompt, the seed and its number, not on other rows or the mesh.
+sample depends on its prompt, the seed and its number, not on other rows or the mesh; nor
+do the texts that a beam search finds (`lm/beam.py`), of which a prompt is one row.
 
 Shapes: B rows, T slots of prompts, M new tokens, S >= T + M slots of the cache, V true
-vocabulary; small letters for one device's share.
+vocabulary, K beams; small letters for one device's share.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
-from lm import sharding, stacked, trees
+from lm import beam, sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
@@ -59,7 +60,7 @@ def texts(
     config: Generate,
     report: Callable[[str], None],
 ) -> list[list[str]]:
-    """Returns `config.samples` continuations of each prompt, without the prompt.
+    """Returns `config.samples` continuations of each prompt, without it; of beams the best first.
 
     A text ends before its end-of-text mark, after `config.tokens` tokens, or where the
     context is full: `data.length` tokens, the mark before the prompt included. An empty
@@ -69,7 +70,8 @@ def texts(
         prog: what the weights belong to.
         params: the weights, on its mesh.
         coder: the tokenizer that they were trained with.
-        prompts: any number; at most `eval.batch_size` rows are sampled at a time.
+        prompts: any number; at most `eval.batch_size` rows are sampled at a time, and
+            a beam is a row.
         config: how to sample.
         report: takes a line for the user where the context cuts texts short.
 
@@ -93,9 +95,10 @@ def texts(
     sample = make_sample(prog, config, coder.eot, coder.ends)
     key = jax.random.key(config.seed)
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    jobs = [(i, number) for i in by_length for number in range(config.samples)]
+    each = 1 if config.beams == 1 else config.samples  # texts that come of a row
+    jobs = [(i, number) for i in by_length for number in range(0, config.samples, each)]
     found: dict[tuple[int, int], str] = {}
-    size = prog.experiment.eval_size()
+    size = max(prog.experiment.eval_size() // config.beams, 1)
     for start in range(0, len(jobs), size):
         batch = jobs[start : start + size]
         numbered = [(ids[i], number) for i, number in batch]
@@ -107,8 +110,10 @@ def texts(
                 "the model's logits are not finite: its weights have diverged; use an "
                 "earlier checkpoint"
             )
-        for (i, number), new_M in zip(batch, new_BM, strict=False):
-            found[i, number] = _decode(coder, ids[i], new_M)
+        new_BNM = np.reshape(new_BM, (-1, each, config.tokens))
+        for (i, number), new_NM in zip(batch, new_BNM, strict=False):
+            for n, new_M in enumerate(new_NM, number):
+                found[i, n] = _decode(coder, ids[i], new_M)
     return [[found[i, n] for n in range(config.samples)] for i in range(len(ids))]
 
 
@@ -138,7 +143,7 @@ def make_sample(
 ) -> Sample:
     """Returns the compiled function (params, rows, key) -> (new tokens [B, M], finite).
 
-    M is `config.tokens`; it stops when every row has ended, with `eot` or another of
+    With several beams its tokens are [B, samples, M]: the best, best first. M is `config.tokens`; it stops when every row has ended, with `eot` or another of
     `ends`, and a row that has goes on with `eot`. `finite` is False where a logit was
     not. It is compiled for each shape of the rows.
     """
@@ -170,6 +175,18 @@ def _sample(
     B, T = batch.tokens.shape
     M, S = config.tokens, slots(T, config.tokens)
     cached, eot = cache_tokens(batch.lengths, T, S), stops[0]
+    zero = jnp.int32(0)
+    logits_BV, cache = advance(
+        model, batch.tokens, zero, cached, model.empty_cache(B, S)
+    )
+    if config.beams > 1:
+        several = beam.repeat(cached, config.beams, 0)
+        new_BKM, _, finite = beam.search(
+            *(config, stops, batch.limits, logits_BV, cache),
+            lambda ids_X1, m, cache: advance(model, ids_X1, T + m, several, cache),
+        )
+        best_BNM = new_BKM[:, : config.samples]
+        return reshard(best_BNM, sharding.spec(None, None, None)), finite
     keys_B = jax.vmap(functools.partial(_row_key, key))(batch.streams)
 
     def more(carry: Any) -> Array:
@@ -187,10 +204,6 @@ def _sample(
         logits_BV, cache = advance(model, ids_B[:, None], T + m, cached, cache)
         return m + 1, logits_BV, done_B, new_BM, finite, cache
 
-    zero = jnp.int32(0)
-    logits_BV, cache = advance(
-        model, batch.tokens, zero, cached, model.empty_cache(B, S)
-    )
     new_BM = jnp.full((B, M), eot, jnp.int32, out_sharding=split)
     carry = (zero, logits_BV, batch.limits <= 0, new_BM, jnp.bool(True), cache)
     _, _, _, new_BM, finite, _ = lax.while_loop(more, step, carry)
