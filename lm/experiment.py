@@ -18,6 +18,7 @@ from lm.models.transformer import Transformer
 from lm.nn.moe import Moe
 from lm.objectives import Causal, refuse
 from lm.optim import Optim
+from lm.scores import texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,8 @@ class Eval:
     every: int = 200  # steps; 0: only at the end
     batch_size: int | None = None  # sequences; None: train.batch_size
     sets: tuple[EvalSet, ...] = (EvalSet(),)
+    scores: tuple[texts.Name, ...] = ()  # of texts generated from first texts, see `generate`
+    texts: int | None = 200  # of each set, drawn at random once and for all; None: all
     use_ema: bool = True  # evaluate the averaged weights where optim.ema keeps them
 
     def __post_init__(self) -> None:
@@ -103,6 +106,10 @@ class Eval:
             raise ConfigError(
                 f"eval.sets: two sets have the same name ({', '.join(names)})"
             )
+        if len(set(self.scores)) < len(self.scores):
+            raise ConfigError(f"eval.scores={self.scores}: name each score once")
+        if self.texts is not None and self.texts < 1:
+            raise ConfigError(f"eval.texts={self.texts}: expected 1 or more, or none")
         if self.every < 0:
             raise ConfigError(f"eval.every={self.every}: expected 0 or more steps")
         if self.batch_size is not None and self.batch_size < 1:
@@ -225,6 +232,13 @@ class Experiment:
                 "continues none; set generate.prompts=()"
             )
         batches.check(self.objective, self.data)
+        if self.eval.scores and not isinstance(self.objective, batches.ANSWERED):
+            names = " or ".join(kind(c) for c in batches.ANSWERED)
+            raise ConfigError(
+                f"eval.scores={','.join(self.eval.scores)}: objective="
+                f"{kind(type(self.objective))} has no second text to compare with; use "
+                f"objective={names}, or set eval.scores=()"
+            )
         more = batches.added(self.objective)
         size = 257 + more
         if isinstance(self.data.tokenizer, Bytes) and self.model.vocab_size != size:

@@ -79,12 +79,24 @@ def texts(
         ConfigError: a prompt that is longer than the context or no text, or weights
             whose logits are not finite.
     """
-    if not prompts:
-        return []
     if isinstance(prog.experiment.model, Encoder.Config):
         raise ConfigError("model=Encoder reads whole texts and continues none")
+    ids = encode(coder, prompts, prog.experiment.data.length)
+    return continued(prog, params, coder, ids, config, report)
+
+
+def continued(
+    prog: Program,
+    params: Params,
+    coder: Tokenizer,
+    ids: Sequence[np.ndarray],
+    config: Generate,
+    report: Callable[[str], None],
+) -> list[list[str]]:
+    """Returns what `texts` does, of prompts as `encode` gives them."""
+    if not ids:
+        return []
     context = prog.experiment.data.length
-    ids = encode(coder, prompts, context)
     longest = max(map(len, ids))
     room = context + 1 - longest  # the last token is not read again
     if config.tokens > room:
@@ -151,13 +163,18 @@ def make_sample(
     rules = dataclasses.replace(prog.layout.rules, length=(), residual=())
     layout = dataclasses.replace(prog.layout, rules=rules)
     stops = (eot, *(i for i in ends if i != eot))
-    jitted = jax.jit(functools.partial(_sample, prog, config, stops))
+    jitted = _jitted(prog, config, stops)
 
     def sample(params: Params, rows: Rows, key: Array) -> tuple[Array, Array]:
         with sharding.use(layout):
             return jitted(params, rows, key)
 
     return sample
+
+
+@functools.lru_cache(maxsize=2)  # a run samples again with every evaluation
+def _jitted(prog: Program, config: Generate, stops: tuple[int, ...]) -> Any:
+    return jax.jit(functools.partial(_sample, prog, config, stops))
 
 
 def _sample(
