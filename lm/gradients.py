@@ -6,8 +6,9 @@ of a microbatch on one replica, T length, P stages, v rounds, l layers of a chun
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -145,11 +146,19 @@ def _parts(batch: objectives.Batch, A: int, M: int, R: int, lead: Any) -> Any:
     return jax.tree.map(split, batch)
 
 
-def _keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
+def _keys(
+    prog: Program, batch: objectives.Batch, step: Array
+) -> Callable[[int], Array] | None:
+    """Returns the keys of dropout by the length of rows, None without dropout."""
     if not prog.experiment.model.dropout:
         return None
-    length = batch["tokens"].shape[1]
-    return dropout_keys(prog.experiment.train.seed, step, batch["index"], length)
+    seed = prog.experiment.train.seed
+    return functools.partial(dropout_keys, seed, step, batch["index"])
+
+
+def _row_keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
+    keys = _keys(prog, batch, step)
+    return keys and keys(batch["tokens"].shape[1])
 
 
 def table(prog: Program, forward: int | None = None) -> timetable.Timetable:
@@ -174,13 +183,13 @@ def _staged(
 
     def embed(rest: Params, batch: objectives.Batch) -> Array:
         model = prog.model({**params, **rest})
-        keys = _keys(prog, batch, step)
+        keys = _row_keys(prog, batch, step)
         return model.embed(batch["tokens"], batch["positions"], keys)
 
     def stage(chunk: Any, x: Array, batch: objectives.Batch, ids: Array) -> Any:
         model = prog.model({**params, STACK: chunk})
         tokens = Tokens(batch["positions"], batch["segments"])
-        side = model.side(tokens, _keys(prog, batch, step), prog.packed)
+        side = model.side(tokens, _row_keys(prog, batch, step), prog.packed)
         x, aux = model.stage(x, side, prog.chunks, ids)
         loss, sums = objectives.layers(aux, batch)
         return x, jnp.float32(loss) / count, sums

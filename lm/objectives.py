@@ -7,7 +7,7 @@ one device's share.
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from lm.batches import (
     Causal,
     Classification,
     CrossEntropy,
+    Masked,
     Objective,
     Prefix,
     Seq2Seq,
@@ -28,6 +29,7 @@ from lm.batches import (
 from lm.config import ConfigError, kind
 from lm.models import kinds
 from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
@@ -41,9 +43,11 @@ Batch = dict[
 ]  # tokens, targets, segments, positions [B, T]; weights; bytes, index [B]
 
 
-NEEDS = {  # what no model there is has
-    SpanCorruption: "an encoder and a decoder",
-    Seq2Seq: "an encoder and a decoder",
+NEEDS = {
+    Masked: "model=Encoder",
+    Classification: "model=Encoder with model.head=Classes",
+    Seq2Seq: "an encoder and a decoder, model=EncoderDecoder",
+    SpanCorruption: "an encoder and a decoder, model=EncoderDecoder",
 }
 
 
@@ -55,20 +59,17 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
     """
     name, has = kind(type(objective)), kind(type(model))
     fits, head = ("Causal", "Prefix", "Sft"), None
+    if isinstance(model, EncoderDecoder.Config):
+        fits = ("Seq2Seq", "SpanCorruption")
     if isinstance(model, Encoder.Config):
         head = model.head
         fits = ("Masked",) if isinstance(head, Words.Config) else ("Classification",)
         has = f"{has} with model.head={kind(type(head))}"
-    if need := NEEDS.get(type(objective)):
-        raise ConfigError(
-            f"objective={name} needs {need}, and model={has}; use objective="
-            f"{' or '.join(fits)}"
-        )
     if name not in fits:
+        needs = NEEDS.get(type(objective), "model=Transformer or model=Recurrent")
         raise ConfigError(
             f"objective={name} does not go with model={has}, which is trained by "
-            f"{' or '.join(fits)}; Masked needs model=Encoder, and Classification that with "
-            "model.head=Classes"
+            f"{' or '.join(fits)}; {name} needs {needs}"
         )
     labels = len(getattr(objective, "labels", ()))
     if isinstance(head, Classes.Config) and head.classes != labels:
@@ -87,7 +88,7 @@ def causal(
     objective: Objective,
     model: Model,
     batch: Batch,
-    keys_BT: Any,
+    keys: Callable[[int], Array] | None,
     packed: bool,
     graded: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
@@ -98,9 +99,7 @@ def causal(
     and those of the layers. The losses of layers are a row's; they count as often as its scored
     tokens.
     """
-    x_BTD, aux, _ = model(
-        batch["tokens"], Tokens(batch["positions"], batch["segments"]), keys_BT, packed
-    )
+    x_BTD, aux = model.read(batch, keys, packed)
     loss, sums = score(objective, model, x_BTD, batch, graded)
     of_layers, more = layers(aux, batch)
     return loss + of_layers, {**sums, **more}

@@ -26,6 +26,7 @@ from lm.nn.layers import Side
 # Of a block; all that has parameters. Blocks of a model all have the same ones.
 PARTS = (
     *("norm1", "mixer", "after1", "sum1"),
+    *("norm3", "cross", "after3", "sum3"),
     *("norm2", "ffn", "after2", "sum2"),
 )
 

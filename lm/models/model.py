@@ -7,6 +7,7 @@ Shapes: B batch, T length, D embed, V vocabulary padded to `vocab_multiple`.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -19,8 +20,19 @@ from lm import sharding
 from lm.config import ConfigError
 from lm.models import chunk, stack
 from lm.nn.blockwise import NEG, Tokens, cap
-from lm.nn.layers import Learned, Norm, RmsNorm, Side, dropout, make_norm
+from lm.nn.layers import (
+    Learned,
+    Norm,
+    RmsNorm,
+    Side,
+    Sinusoidal,
+    Source,
+    dropout,
+    make_norm,
+    sinusoids,
+)
 from lm.nn.param import param, rows, weight
+from lm.nn.relative import Relative
 
 DEEPEST = 100_000  # layers; more is a slip of the hand
 
@@ -100,6 +112,16 @@ class Model(nnx.Module):
             return None
 
         @property
+        def sinusoidal(self) -> Sinusoidal | None:
+            """The sines that stand for positions, where it has them."""
+            return None
+
+        @property
+        def relative(self) -> Relative | None:
+            """The learned scores of distances, where it has them."""
+            return None
+
+        @property
         def sparse(self) -> range:
             """Numbers of the layers that have experts."""
             return range(0)
@@ -148,6 +170,7 @@ class Model(nnx.Module):
         cache: Any = None,
         slot: Array | None = None,
         cached: Tokens | None = None,
+        source: Source | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
         """Returns the hidden states after the last norm, sums of the layers' aux, and the cache.
 
@@ -159,12 +182,32 @@ class Model(nnx.Module):
             cache: from `empty_cache`, or None.
             slot: with a cache, where these tokens go in it.
             cached: with a cache, positions and segments of all its slots, these tokens included.
+            source: what an encoder made of the rows that these look at.
         """
         x_BTD = self.embed(tokens_BT, tokens.positions, keys_BT)
         side = self.side(tokens, keys_BT, packed, slot, cached)
+        side = dataclasses.replace(side, source=source)
         how = {"remat": self.config.remat, "scan": self.config.scan}
         x_BTD, aux, cache = stack.run(self.layers, x_BTD, side, cache, **how)
         return self.final(x_BTD), aux, cache
+
+    def read(
+        self,
+        batch: Mapping[str, Array],
+        keys: Callable[[int], Array] | None,
+        packed: bool,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Returns what a call does, without a cache, of the rows of a batch (see `lm.batches`).
+
+        Args:
+            batch: the rows.
+            keys: of dropout, by the length of a row; None for none.
+            packed: as of a call.
+        """
+        tokens = Tokens(batch["positions"], batch["segments"])
+        keys_BT = keys and keys(batch["tokens"].shape[1])
+        x_BTD, aux, _ = self(batch["tokens"], tokens, keys_BT, packed)
+        return x_BTD, aux
 
     def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns what the head takes, from what the last layer returned."""
@@ -212,6 +255,9 @@ class Model(nnx.Module):
         if self.config.learned is not None:
             table_pd = weight(self.position_pd, self.dtype)
             x_BTD = x_BTD + table_pd.at[positions_BT].get(out_sharding=out)
+        if self.config.sinusoidal is not None:
+            waves_BTD = sinusoids(self.config.sinusoidal, self.config.dim, positions_BT)
+            x_BTD = x_BTD + waves_BTD.astype(x_BTD.dtype)
         return reshard(x_BTD, sharding.spec("batch", "residual", None))
 
     def head(self) -> nnx.Param:

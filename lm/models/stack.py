@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn import attention, latent, recurrent
 from lm.nn.attention import Attention
+from lm.nn.cross import Cross
 from lm.nn.ffn import Mlp
 from lm.nn.latent import Latent
 from lm.nn.layers import Norm, RmsNorm, Side, dropout, make_norm
@@ -31,13 +32,13 @@ from lm.nn.recurrent import Gru, Lstm
 
 Norms = Literal["before", "after", "both", "post"]
 Remat = Literal["none", "dots", "attention", "full", "offload"]
-SITES = 4  # places with dropout of their own: two in a block, the embedding, one spare
+SITES = 4  # places with dropout of their own: three in a block, and the embedding
 
 
 class Block(nnx.Module):
-    """Mix the tokens, then feed each forward.
+    """Mix the tokens, look at another stack's where there is one, then feed each forward.
 
-    Norms stand before both (pre-norm, Xiong et al. 2020), after both, in front of the sum with the
+    Norms stand before each (pre-norm, Xiong et al. 2020), after each, in front of the sum with the
     residual stream (OLMo 2, §3.2), or in both places (Gemma 2); or on the sum (post-norm, Vaswani
     et al. 2017).
     """
@@ -51,6 +52,7 @@ class Block(nnx.Module):
             int  # of the whole stack: sets the scale of the projections into the stream
         )
         mixer: Attention.Config | Latent.Config | Lstm.Config | Gru.Config
+        cross: Attention.Config | None = None  # to `side.source`; None: there is none
         ffn: Mlp.Config | Moe.Config | None  # None: the mixer is all
         norm: Norm
         norms: Norms = "before"
@@ -68,6 +70,11 @@ class Block(nnx.Module):
         self.mixer = _mixer(config, std, out_std, rngs)
         self.after1 = norm() if after else None
         self.sum1 = norm() if post else None
+        there = config.cross is not None
+        self.norm3 = norm() if before and there else None
+        self.cross = _cross(config, std, out_std, rngs)
+        self.after3 = norm() if after and there else None
+        self.sum3 = norm() if post and there else None
         there = config.ffn is not None
         self.norm2 = norm() if before and there else None
         self.ffn = _ffn(config, std, out_std, rngs)
@@ -79,10 +86,18 @@ class Block(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], side: Side, layer: Any, cache: Any = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Array], Any]:
         site = layer["index"] * SITES
-        y_BTD, cache = self.mixer(enter(_by(self.norm1, x_BTD)), side, cache)
+        own, other = cache if self.cross is not None and cache else (cache, None)
+        y_BTD, own = self.mixer(enter(_by(self.norm1, x_BTD)), side, own)
         y_BTD = _by(self.after1, y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site)
         x_BTD = _by(self.sum1, x_BTD)
+        cache = own
+        if self.cross is not None:
+            y_BTD, other = self.cross(enter(_by(self.norm3, x_BTD)), side, other)
+            y_BTD = _by(self.after3, y_BTD)
+            x_BTD = x_BTD + dropout(y_BTD, self.rate, side.keys_BT, site + 3)
+            x_BTD = _by(self.sum3, x_BTD)
+            cache = own, other
         if self.ffn is None:
             return x_BTD, {}, cache
         y_BTD, aux = self.ffn(enter(_by(self.norm2, x_BTD)), side)
@@ -101,11 +116,30 @@ def _mixer(config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs) -> 
     recurrent: Any = {Lstm.Config: Lstm, Gru.Config: Gru}.get(type(c))
     if recurrent is not None:
         return recurrent(c, dim, std, out_std, rngs)
+    assert isinstance(c, Attention.Config)
+    return _attention(Attention, c, config, std, out_std, rngs)
+
+
+def _cross(
+    config: Block.Config, std: float, out_std: float, rngs: nnx.Rngs
+) -> Cross | None:
+    if config.cross is None:
+        return None
+    return _attention(Cross, config.cross, config, std, out_std, rngs)
+
+
+def _attention(
+    kind: Any,
+    chosen: Attention.Config,
+    config: Block.Config,
+    std: float,
+    out_std: float,
+    rngs: nnx.Rngs,
+) -> Any:
     rms = isinstance(config.norm, RmsNorm.Config)
     of_heads: Any = config.norm if rms else RmsNorm.Config()
-    kv_heads, rope = config.kv_heads, config.rope
-    assert isinstance(c, Attention.Config)
-    return Attention(c, dim, heads, kv_heads, std, out_std, of_heads, rngs, rope)
+    sizes = config.dim, config.heads, config.kv_heads
+    return kind(chosen, *sizes, std, out_std, of_heads, rngs, config.rope)
 
 
 def _ffn(
@@ -247,6 +281,7 @@ def run(
     *,
     remat: Remat,
     scan: bool,
+    first: int = 0,
 ) -> tuple[Array, dict[str, Array], Any]:
     """Returns x after all layers, the sum of their aux, and the new cache ([L, …] like the old).
 
@@ -257,16 +292,18 @@ def run(
         cache: of every layer, or None.
         remat: what to keep for the backward.
         scan: over the layers.
+        first: number of the first layer, by which layers draw what they drop.
     """
     stacks = blocks.stacks if isinstance(blocks, Groups) else [blocks]
-    first, sums, caches = 0, [], []
+    at, sums, caches = 0, [], []
     for one in stacks:
-        after = first + _repeats(one) * _unit(one)
-        mine = jax.tree.map(lambda a, i=first, j=after: a[i:j], cache)
-        x_BTD, aux, mine = _run(one, first, x_BTD, side, mine, remat=remat, scan=scan)
+        after = at + _repeats(one) * _unit(one)
+        mine = jax.tree.map(lambda a, i=at, j=after: a[i:j], cache)
+        how = {"remat": remat, "scan": scan}
+        x_BTD, aux, mine = _run(one, first + at, x_BTD, side, mine, **how)
         sums.append(aux)
         caches.append(mine)
-        first = after
+        at = after
     return x_BTD, add(sums), jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
 
 

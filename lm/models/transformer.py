@@ -12,7 +12,7 @@ from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.ffn import Mlp
 from lm.nn.latent import Latent
-from lm.nn.layers import Learned, Side
+from lm.nn.layers import Learned, Side, Sinusoidal
 from lm.nn.moe import Moe
 from lm.nn.rope import Rope, rope_tables
 
@@ -43,7 +43,7 @@ class Transformer(Model):
         kv_heads: int = 6  # key and value heads; heads is a multiple of them
         attention: Attention.Config | Latent.Config = Attention.Config()
         ffn: Mlp.Config | Moe.Config = Mlp.Config()
-        positions: Rope | Learned = Rope()
+        positions: Rope | Learned | Sinusoidal = Rope()
         local: Local | None = None  # layers that see a window only
 
         def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Transformer(Model):
                 and not isinstance(self.positions, Rope)
             ):
                 raise ConfigError(
-                    "model.local.positions: rotary positions of some layers beside learned ones; "
+                    "model.local.positions: rotary positions of some layers beside added ones; "
                     "set model.positions=Rope or model.local.positions=none"
                 )
             if (
@@ -90,7 +90,7 @@ class Transformer(Model):
                 )
             if self.local is not None or not isinstance(self.positions, Rope):
                 raise ConfigError(
-                    "model.attention=Latent has neither windows nor learned positions; set "
+                    "model.attention=Latent has neither windows nor positions that are added; set "
                     "model.local=none and model.positions=Rope"
                 )
 
@@ -156,6 +156,11 @@ class Transformer(Model):
         def learned(self) -> Learned | None:
             """The learned positions, where it has them."""
             return self.positions if isinstance(self.positions, Learned) else None
+
+        @property
+        def sinusoidal(self) -> Sinusoidal | None:
+            """The sines that stand for positions, where it has them."""
+            return self.positions if isinstance(self.positions, Sinusoidal) else None
 
     def side(
         self,

@@ -1,15 +1,16 @@
 """Attention from queries, keys, values, positions and segments: chooses how, and says which.
 
-| implementation | where                     | packed documents | window | soft cap | log-sum-exp |
-|----------------|---------------------------|------------------|--------|----------|-------------|
-| einsum         | anywhere, short sequences | yes              | yes    | yes      | yes         |
-| blockwise      | anywhere                  | yes              | yes    | yes      | yes         |
-| cudnn          | NVIDIA Ampere and newer   | no               | causal | no       | no gradient |
-| splash         | TPU                       | yes              | causal | yes      | no          |
+| implementation | where                    | packed rows | window | soft cap | log-sum-exp | bias |
+|----------------|--------------------------|-------------|--------|----------|-------------|------|
+| einsum         | anywhere, short rows     | yes         | yes    | yes      | yes         | yes  |
+| blockwise      | anywhere                 | yes         | yes    | yes      | yes         | no   |
+| cudnn          | NVIDIA Ampere and newer  | no          | causal | no       | no gradient | no   |
+| splash         | TPU                      | yes         | causal | yes      | no          | no   |
 
 Where devices split the row, it is blockwise, by one of the ways of lm/nn/ring.py.
 
-Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, H head dim.
+Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, H head dim, R
+devices with rows of their own.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ class Case:
     mask: Mask
     shards: int = 1  # devices that split the row
     lse: bool = False  # the log-sum-exp is used, and its gradient
+    bias: bool = False  # scores have a learned part of their own, `relative.scores`
 
     def how(self, asked: Implementation, context: Context) -> str:
         """Returns in words how it is computed."""
@@ -57,6 +59,8 @@ class Case:
 
     def obstacle(self, implementation: str) -> str | None:
         """Returns why the implementation can't do this, or None."""
+        if self.bias and implementation != "einsum":
+            return "it has no learned scores of distances (model.positions=Relative)"
         if implementation == "blockwise" and self.block() == 0:
             per = f", over {self.shards} devices," if self.shards > 1 else ""
             return (
@@ -124,6 +128,11 @@ class Case:
                 )
             return asked
         if self.shards > 1:
+            if self.bias:
+                raise ConfigError(
+                    f"mesh.seq={self.shards}: model.positions=Relative needs whole rows; set "
+                    "mesh.seq=1"
+                )
             if reason := self.obstacle("blockwise"):
                 raise ConfigError(
                     f"data.length={self.queries}: {reason}; use a length that is a multiple of "
@@ -159,6 +168,7 @@ class Row:
     dtype: str
     packed: bool
     shards: int = 1  # devices that split the row
+    bias: bool = False  # see `Case`
 
     def case(
         self, head_dim: int, mask: Mask, packed: bool = False, lse: bool = False
@@ -174,6 +184,7 @@ class Row:
             mask=mask,
             shards=self.shards,
             lse=lse,
+            bias=self.bias,
         )
 
 
@@ -188,10 +199,12 @@ def attend(
     packed: bool = True,
     context: Context = "auto",
     lse: bool = False,
+    bias_RKGTS: Float[Array, "R K G T S"] | None = None,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"] | None]:
     """Returns the attention output, and each query's log-sum-exp (fp32) where it is known.
 
-    With `lse` it is known, and has its gradient.
+    With `lse` it is known, and has its gradient. `bias` is added to the scores, see
+    `relative.scores`.
 
     Each device works on its own rows and heads, in a manual region. `packed=False` promises that
     every row is one segment at positions 0, 1, 2, …; devices that split rows, and have moved
@@ -208,6 +221,7 @@ def attend(
         mask=mask,
         shards=layout.size("length"),
         lse=lse,
+        bias=bias_RKGTS is not None,
     )
     chosen = case.choose(implementation)
     if case.shards > 1:
@@ -231,16 +245,21 @@ def attend(
         kv_tokens.positions,
         kv_tokens.segments,
     )
+    given = (q_BTKGH, k_BSKH, v_BSKH, *ids)
+    if bias_RKGTS is not None:
+        ins = (*ins, sharding.spec("batch", "kv_heads", None, "length", None))
+        given = (*given, bias_RKGTS)
     call = manual.manual(body, ins, (q_spec, *lse_spec), "attention")
-    out = call(q_BTKGH, k_BSKH, v_BSKH, *ids)
+    out = call(*given)
     return out[0], out[1] if lse_spec else None
 
 
-def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg):
+def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg, bias=None):
     """Attention on one device; returns the output, and the log-sum-exp if there is one."""
     mask, q_tokens, kv_tokens = case.mask, Tokens(q_pos, q_seg), Tokens(kv_pos, kv_seg)
     if implementation == "einsum":
-        return quadratic.attention(mask, case.packed, q, k, v, q_tokens, kv_tokens)
+        given = (q, k, v, q_tokens, kv_tokens, bias)
+        return quadratic.attention(mask, case.packed, *given)
     if implementation == "blockwise":
         return blockwise.attention(mask, case.block(), q, k, v, q_tokens, kv_tokens)
     B, T, K, G, H = q.shape

@@ -114,7 +114,7 @@ class Attention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], side: Side, cache: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the mixed tokens, and the cache (k, v) with these tokens' keys and values."""
-        q, k, v = self._project(x_BTD)
+        q, k, v = self._project(x_BTD, "query", "key", "value")
         if self.config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if side.rope is not None:
@@ -135,11 +135,19 @@ class Attention(nnx.Module):
         y_BTKGH, lse_BKGT = attend.attend(
             q, k.astype(q.dtype), v.astype(q.dtype), side.tokens, kv_tokens, mask,
             self.config.implementation if cache is None else "auto",
-            packed, self.config.context, self.config.sinks,
+            packed, self.config.context, self.config.sinks, self._bias(side),
         )  # fmt: skip
         if self.config.sinks:
             y_BTKGH = self._less_sinks(y_BTKGH, lse_BKGT)
         return self._output(y_BTKGH), cache
+
+    def _bias(self, side: Side) -> Array | None:
+        """Returns the scores that distances have, [R, K, G, T, S], where they have any."""
+        if side.bias is None:
+            return None
+        R, _, T, S = side.bias.shape
+        over = sharding.spec("batch", "kv_heads", None, None, None)
+        return side.bias.reshape(R, *self._groups(), T, S, out_sharding=over)
 
     def _less_sinks(self, y_BTKGH: Array, lse_BKGT: Any) -> Array:
         """Returns what attention gives when each head's sink is one more score, of no value."""
@@ -161,34 +169,44 @@ class Attention(nnx.Module):
             )
         return used, self.heads // used
 
-    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
-        """Returns q [B, T, K, G, H], k and v [B, T, K, H] by one product, so that its backward
-        reduces the gradient of x over tensor once."""
+    def _project(self, x_BTD: Array, *names: str) -> list[Array]:
+        """Returns of x each of `names`: `query` [B, T, K, G, H], `key` and `value` [B, T, K, H],
+        by one product, so that its backward reduces the gradient of x over tensor once."""
         dtype = x_BTD.dtype
+        _, G = self._groups()
+        w_dkgh = gather(jnp.concatenate([self._weight(n, dtype) for n in names], 2))
+        y_BTKgH = einsum("btd,dkgh->btkgh", x_BTD, w_dkgh)
+        if self.config.bias:
+            shifts = [self._shift(n, dtype) for n in names]
+            y_BTKgH = y_BTKgH + jnp.concatenate(shifts, axis=1)[None, None]
+        parts, at = [], 0
+        for name in names:
+            one = name != "query"
+            parts.append(y_BTKgH[:, :, :, at if one else slice(at, at + G)])
+            at += 1 if one else G
+        return parts
+
+    def _weight(self, name: str, dtype: Any) -> Array:
+        """Returns [D, K, G, H], with one entry of G for keys and values; to be gathered."""
         K, G = self._groups()
         whole = self.kv_heads != K  # before kv heads repeat
         read = weight if whole else stored
+        if name != "query":
+            w_dkh = self.key_dkh if name == "key" else self.value_dkh
+            return self._repeat(read(w_dkh, dtype), K)[:, :, None]
         over = sharding.spec(None if whole else "embed", "kv_heads", None, None)
-        q_dkgh = read(self.query_dnh, dtype).reshape(
-            -1, K, G, self.head_dim, out_sharding=over
-        )
-        k_dkgh, v_dkgh = (
-            self._repeat(read(w, dtype), K)[:, :, None]
-            for w in (self.key_dkh, self.value_dkh)
-        )
-        w_dkgh = gather(jnp.concatenate([q_dkgh, k_dkgh, v_dkgh], axis=2))
-        qkv = einsum("btd,dkgh->btkgh", x_BTD, w_dkgh)
-        if self.config.bias:
-            q_bias = self.query_bias_nh[...].astype(dtype)
-            biases = [
-                q_bias.reshape(
-                    K, G, -1, out_sharding=sharding.spec("kv_heads", None, None)
-                )
-            ]
-            for b in (self.key_bias_kh, self.value_bias_kh):
-                biases.append(self._repeat(b[...].astype(dtype)[None], K)[0][:, None])
-            qkv = qkv + jnp.concatenate(biases, axis=1)[None, None]
-        return qkv[:, :, :, :G], qkv[:, :, :, G], qkv[:, :, :, G + 1]
+        w_dnh = read(self.query_dnh, dtype)
+        return w_dnh.reshape(-1, K, G, self.head_dim, out_sharding=over)
+
+    def _shift(self, name: str, dtype: Any) -> Array:
+        """Returns the learned shift, [K, G, H], with one entry of G for keys and values."""
+        K, G = self._groups()
+        if name != "query":
+            b_kh = self.key_bias_kh if name == "key" else self.value_bias_kh
+            return self._repeat(b_kh[...].astype(dtype)[None], K)[0][:, None]
+        over = sharding.spec("kv_heads", None, None)
+        b_nh = self.query_bias_nh[...].astype(dtype)
+        return b_nh.reshape(K, G, -1, out_sharding=over)
 
     def _repeat(self, w_dkh: Array, K: int) -> Array:
         if self.kv_heads == K:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn.param import einsum, gather, param, stored, weight
 
-Activation = Literal["swiglu", "geglu", "gelu", "clamped"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "clamped"]
+PLAIN = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}  # without a gate
 STEEP = 1.702  # of the sigmoid in a clamped SwiGLU
 
 
@@ -27,7 +28,7 @@ def gated(kind: Activation, limit: float, gate: Array, up: Array) -> Array:
 
 
 class Mlp(nnx.Module):
-    """Two layers (GELU), or a gated first one: SwiGLU, GeGLU (Shazeer 2020)."""
+    """Two layers (GELU, ReLU), or a gated first one: SwiGLU, GeGLU (Shazeer 2020)."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -42,21 +43,24 @@ class Mlp(nnx.Module):
             """Returns F for a model of width D."""
             if self.hidden is not None:
                 return self.hidden
-            return (
-                4 * dim if self.activation == "gelu" else -(-8 * dim // (3 * 128)) * 128
-            )
+            return -(-8 * dim // (3 * 128)) * 128 if self.gated else 4 * dim
+
+        @property
+        def gated(self) -> bool:
+            """Whether the first layer has a gate."""
+            return self.activation not in PLAIN
 
     def __init__(
         self, config: Config, dim: int, std: float, out_std: float, rngs: nnx.Rngs
     ):
         self.config = config
         F = config.width(dim)
-        if config.activation != "gelu":
+        if config.gated:
             self.gate_df = param(rngs, (dim, F), ("embed", "mlp"), std)
         self.up_df = param(rngs, (dim, F), ("embed", "mlp"), std)
         self.down_fd = param(rngs, (F, dim), ("mlp", "embed"), out_std)
         if config.bias:
-            if config.activation != "gelu":
+            if config.gated:
                 self.gate_bias_f = param(rngs, (F,), ("mlp",), 0.0)
             self.up_bias_f = param(rngs, (F,), ("mlp",), 0.0)
             self.down_bias_d = param(rngs, (dim,), ("norm",), 0.0)
@@ -77,11 +81,10 @@ class Mlp(nnx.Module):
 
     def _hidden(self, x_BTD: Array) -> Array:
         dtype, bias = x_BTD.dtype, self.config.bias
-        if self.config.activation == "gelu":
+        if not self.config.gated:
+            act = PLAIN[self.config.activation]
             h = einsum("btd,df->btf", x_BTD, weight(self.up_df, dtype))
-            return jax.nn.gelu(
-                h + self.up_bias_f[...].astype(dtype)[None, None] if bias else h
-            )
+            return act(h + self.up_bias_f[...].astype(dtype)[None, None] if bias else h)
         # One product for gate and up: the gradient of x is reduced over tensor once.
         parts = [stored(w, dtype) for w in (self.gate_df, self.up_df)]
         w_dcf = gather(jnp.stack(parts, axis=1))

@@ -117,6 +117,24 @@ class Learned:
     length: int = 1024  # positions there are vectors for, tokens
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sinusoidal:
+    """Sines and cosines of each position, added to the embedding (Vaswani et al. 2017, 3.5)."""
+
+    base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi base positions
+
+
+def sinusoids(
+    config: Sinusoidal, dim: int, positions_BT: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Returns the vectors of positions in fp32: sines at even places, cosines at odd ones."""
+    plane = jnp.arange(dim) // 2 * 2
+    frequency = config.base ** (-plane.astype(jnp.float32) / dim)
+    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency[None, None]
+    even = (jnp.arange(dim) % 2 == 0)[None, None]
+    return jnp.where(even, jnp.sin(angle), jnp.cos(angle))
+
+
 def rotate(
     x: Float[Array, "B T *N H"], tables: tuple[Array, Array]
 ) -> Float[Array, "B T *N H"]:
@@ -128,11 +146,24 @@ def rotate(
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """The rows of another stack that the blocks of this one look at, segment by segment."""
+
+    x_BSD: Any  # what that stack returned; None where a cache has its keys and values
+    tokens: Tokens  # their positions and segments
+
+
+jax.tree_util.register_dataclass(Source, ["x_BSD", "tokens"], [])
+
+
+@dataclasses.dataclass(frozen=True)
 class Side:
     """What every block of a stack gets besides the residual stream; travels with its rows."""
 
     tokens: Tokens  # positions and segments of the rows
     rope: Any = None  # (cos, sin) of `rope_tables`, for each kind of position
+    bias: Any = None  # of the scores of a row, from `relative.scores`
+    source: Source | None = None  # what cross-attention looks at
     keys_BT: Any = None  # from `dropout_keys`; None turns dropout off
     slot: Any = None  # int32[]: where in the cache these tokens go
     cached: Tokens | None = (
@@ -144,7 +175,9 @@ class Side:
 
 
 jax.tree_util.register_dataclass(
-    Side, ["tokens", "rope", "keys_BT", "slot", "cached"], ["packed"]
+    Side,
+    ["tokens", "rope", "bias", "source", "keys_BT", "slot", "cached"],
+    ["packed"],
 )
 
 

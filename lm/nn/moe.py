@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.config import ConfigError
 from lm.nn import dispatch, ragged
-from lm.nn.ffn import Activation, Mlp, gated
+from lm.nn.ffn import PLAIN, Activation, Mlp, gated
 from lm.nn.layers import Side
 from lm.nn.param import gather, param, stored, weight
 
@@ -190,12 +190,12 @@ class Moe(nnx.Module):
         self.router_de = param(rngs, (dim, E), ("embed", "choice"), std)
         if isinstance(config.gate, Sigmoid):
             self.balance_e = param(rngs, (E,), ("balance",), 0.0)
-        if config.activation != "gelu":
+        if config.activation not in PLAIN:
             self.gate_edf = param(rngs, (E, dim, F), ("expert", "embed", "mlp"), std)
         self.up_edf = param(rngs, (E, dim, F), ("expert", "embed", "mlp"), std)
         self.down_efd = param(rngs, (E, F, dim), ("expert", "mlp", "embed"), out_std)
         if config.bias:
-            if config.activation != "gelu":
+            if config.activation not in PLAIN:
                 self.gate_bias_ef = param(rngs, (E, F), ("expert", "mlp"), 0.0)
             self.up_bias_ef = param(rngs, (E, F), ("expert", "mlp"), 0.0)
             self.down_bias_ed = param(rngs, (E, dim), ("expert", "norm"), 0.0)
@@ -289,12 +289,12 @@ class Moe(nnx.Module):
     def _experts(self, x_ERD: Array) -> Array:
         """Every expert on its buffer, without the shift at the end; nobody reads empty slots."""
         c, dtype = self.config, x_ERD.dtype
-        if c.activation == "gelu":
+        if c.activation in PLAIN:
             up_edf = weight(self.up_edf, dtype)
             h_ERF = jnp.einsum("erd,edf->erf", x_ERD, up_edf)
             if c.bias:
                 h_ERF = h_ERF + self.up_bias_ef[...].astype(dtype)[:, None]
-            h_ERF = jax.nn.gelu(h_ERF)
+            h_ERF = PLAIN[c.activation](h_ERF)
         else:
             # One product for gate and up: the gradient of x is reduced over tensor once.
             parts = [stored(w, dtype) for w in (self.gate_edf, self.up_edf)]
@@ -312,16 +312,15 @@ class Moe(nnx.Module):
     def _ragged(self, x_BTD: Array, choice_BTK: Array, gate_BTK: Array) -> Array:
         """The same without slots, by sorted rows."""
         c, E, dtype = self.config, self.config.experts, x_BTD.dtype
-        plain = c.activation == "gelu"
+        plain = c.activation in PLAIN
         first = [] if plain else [self.gate_edf]
         weights = [weight(w, dtype) for w in (*first, self.up_edf, self.down_efd)]
         biases = []
         if c.bias:
             shifts = [] if plain else [self.gate_bias_ef]
             biases = [b[...].astype(dtype) for b in (*shifts, self.up_bias_ef)]
-        act = jax.nn.gelu
-        if not plain:
-            act = functools.partial(gated, c.activation, c.limit)
+        act: Any = functools.partial(gated, c.activation, c.limit)
+        act = PLAIN.get(c.activation, act)
         where = ragged.plan(choice_BTK, E)
         x = ragged.send(x_BTD, where, E // sharding.current().size("expert"))
         return ragged.receive(

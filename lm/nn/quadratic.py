@@ -5,7 +5,8 @@ lead, products are plain batched ones, and a barrier keeps XLA's CPU backend fro
 work into their operands. Causal rows are cut in two, and the first half skips the keys that none of
 it may see.
 
-Shapes: B batch, T queries, S keys, K kv heads, G query heads for each, H head dim; x = B * K.
+Shapes: B batch, T queries, S keys, K kv heads, G query heads for each, H head dim; x = B * K. R
+is 1, or B.
 """
 
 import functools
@@ -32,13 +33,15 @@ def attention(
     v_BSKH: Float[Array, "B S K H"],
     q_tokens: Tokens,
     kv_tokens: Tokens,
+    bias_RKGTS: Float[Array, "R K G T S"] | None = None,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"]]:
     """Returns the attention output and the log-sum-exp of each query's scores (fp32).
 
     `packed=False` promises that every row is one segment at positions 0, 1, 2, …. A query that sees
-    no key gives 0 and a log-sum-exp of about -1e30.
+    no key gives 0 and a log-sum-exp of about -1e30. `bias` is added to the scores.
     """
-    return _fwd(mask, packed, q_BTKGH, k_BSKH, v_BSKH, q_tokens, kv_tokens)[0]
+    given = (q_BTKGH, k_BSKH, v_BSKH, q_tokens, kv_tokens, bias_RKGTS)
+    return _fwd(mask, packed, *given)[0]
 
 
 def _parts(mask: Mask, T: int, S: int) -> list[tuple[int, int, int, int]]:
@@ -83,7 +86,7 @@ def _hidden(
     return jnp.where(visible(mask, q, kv), 0.0, NEG)[:, None, None]
 
 
-def _fwd(mask, packed, q, k, v, q_tokens, kv_tokens):
+def _fwd(mask, packed, q, k, v, q_tokens, kv_tokens, bias):
     B, T, K, G, H = q.shape
     qx, kx, vx = _plain((_heads(q), _heads(k), _heads(v)))
     outs, lses, saved = [], [], []
@@ -91,8 +94,10 @@ def _fwd(mask, packed, q, k, v, q_tokens, kv_tokens):
         t0, t1, s0, s1 = part
         s = jnp.einsum("xth,xsh->xts", _cut(qx, t0, t1), kx[:, s0:s1], **EXACT)
         s, _ = cap(mask.softcap, s * mask.scale)
-        hidden = _hidden(mask, packed, q_tokens, kv_tokens, part)
-        s = (s.reshape(B, K, G, t1 - t0, s1 - s0) + hidden).reshape(s.shape)
+        more = _hidden(mask, packed, q_tokens, kv_tokens, part)
+        if bias is not None:
+            more = more + bias[..., t0:t1, s0:s1]
+        s = (s.reshape(B, K, G, t1 - t0, s1 - s0) + more).reshape(s.shape)
         top = jnp.maximum(
             s.max(-1, keepdims=True), 0.5 * NEG
         )  # so that exp gives 0 if all hide
@@ -105,11 +110,11 @@ def _fwd(mask, packed, q, k, v, q_tokens, kv_tokens):
         lses.append((top + jnp.log(norm)).reshape(B, K, G, t1 - t0))
         saved.append(p)
     out, lse = _tokens(jnp.concatenate(outs, 2), B), jnp.concatenate(lses, 3)
-    return (out, lse), (q, k, v, out, lse, saved)
+    return (out, lse), (q, k, v, bias, out, lse, saved)
 
 
 def _bwd(mask, packed, residuals, cotangents):
-    q, k, v, out, lse, saved = residuals
+    q, k, v, bias, out, lse, saved = residuals
     g, g_lse = cotangents
     B, T, K, G, H = q.shape
     qx, kx, vx, gx = _plain(tuple(map(_heads, (q, k, v, g))))
@@ -117,11 +122,16 @@ def _bwd(mask, packed, residuals, cotangents):
     both = _heads(out).astype(jnp.float32) * gx.astype(jnp.float32)
     delta = both.sum(-1) - g_lse.reshape(B * K, G, T)
     dq, dk, dv = [], jnp.zeros(kx.shape, jnp.float32), jnp.zeros(vx.shape, jnp.float32)
+    d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     for p, (t0, t1, s0, s1) in zip(saved, _parts(mask, T, k.shape[1]), strict=True):
         qt, gt = _cut(qx, t0, t1), _cut(gx, t0, t1)
         dp = jnp.einsum("xth,xsh->xts", gt, vx[:, s0:s1], **EXACT)
         p32 = p.astype(jnp.float32)
-        ds = p32 * (dp - delta[:, :, t0:t1].reshape(B * K, -1, 1)) * mask.scale
+        ds = p32 * (dp - delta[:, :, t0:t1].reshape(B * K, -1, 1))
+        if d_bias is not None:
+            of_rows = ds.reshape(len(d_bias), -1, K, G, t1 - t0, s1 - s0).sum(1)
+            d_bias = d_bias.at[..., t0:t1, s0:s1].add(of_rows)
+        ds = ds * mask.scale
         if mask.softcap is not None:  # the capped score again, from p = exp(s - lse)
             s = jnp.log(jnp.maximum(p32, 1e-30)) + lse[..., t0:t1].reshape(B * K, -1, 1)
             ds = ds * jnp.where(p32 > 0, 1 - (s / mask.softcap) ** 2, 0)
@@ -130,7 +140,7 @@ def _bwd(mask, packed, residuals, cotangents):
         dk = dk.at[:, s0:s1].add(jnp.einsum("xts,xth->xsh", ds, qt, **EXACT))
         dv = dv.at[:, s0:s1].add(jnp.einsum("xts,xth->xsh", p, gt, **EXACT))
     dk, dv = (_tokens(d, B).astype(k.dtype) for d in (dk, dv))
-    return _tokens(jnp.concatenate(dq, 2), B), dk, dv, None, None
+    return _tokens(jnp.concatenate(dq, 2), B), dk, dv, None, None, d_bias
 
 
 def _plain(x):

@@ -91,7 +91,7 @@ def _recurrent(c: Recurrent.Config) -> int:
 
 
 def _mlp(c: Mlp.Config, dim: int) -> int:
-    return (2 if c.activation == "gelu" else 3) * dim * c.width(dim)
+    return (3 if c.gated else 2) * dim * c.width(dim)
 
 
 def train(config: kinds.Config, length: int, *, causal: bool) -> float:
