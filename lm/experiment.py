@@ -96,7 +96,9 @@ class Eval:
     every: int = 200  # steps; 0: only at the end
     batch_size: int | None = None  # sequences; None: train.batch_size
     sets: tuple[EvalSet, ...] = (EvalSet(),)
-    scores: tuple[texts.Name, ...] = ()  # of texts generated from first texts, see `generate`
+    scores: tuple[
+        texts.Name, ...
+    ] = ()  # of texts generated from first texts, see `generate`
     texts: int | None = 200  # of each set, drawn at random once and for all; None: all
     use_ema: bool = True  # evaluate the averaged weights where optim.ema keeps them
 

@@ -6,6 +6,9 @@ all rows; the slots in front belong to segment 0, which no token of a prompt see
 sample depends on its prompt, the seed and its number, not on other rows or the mesh; nor
 do the texts that a beam search finds (`lm/beam.py`), of which a prompt is one row.
 
+Where an encoder reads the prompt, the decoder begins a text of its own: its cache has the
+keys and values of what was read, too.
+
 Shapes: B rows, T slots of prompts, M new tokens, S >= T + M slots of the cache, V true
 vocabulary, K beams; small letters for one device's share.
 """
@@ -24,14 +27,15 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
-from lm import beam, sharding, stacked, trees
+from lm import beam, sampling, sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
 from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
-from lm.nn import manual
 from lm.nn.blockwise import Tokens
+from lm.nn.layers import Source
 from lm.train import Params, Program
 
 SHORTEST = 16  # slots of prompts at least; longer ones take the next power of 2
@@ -41,7 +45,7 @@ BLOCK = 128  # the cache has a multiple of these slots: attention takes them in 
 class Rows(NamedTuple):
     """Prompts to continue, on the host (numpy) or on the devices."""
 
-    tokens: Any  # int32[B, T]: flush right, each from its end-of-text mark on
+    tokens: Any  # int32[B, T]: flush right, each from its end-of-text mark on, or to it
     lengths: Any  # int32[B]: tokens of each prompt, the mark included
     limits: Any  # int32[B]: new tokens at most; 0 for a row that only fills the batch
     streams: Any  # uint32[B, 2]: hash of the prompt, number of the sample
@@ -64,7 +68,8 @@ def texts(
 
     A text ends before its end-of-text mark, after `config.tokens` tokens, or where the
     context is full: `data.length` tokens, the mark before the prompt included. An empty
-    prompt gives documents from their beginning. Equal prompts give equal texts.
+    prompt gives documents from their beginning. Equal prompts give equal texts. Of a
+    model that reads prompts by an encoder, a text is as long as it likes.
 
     Args:
         prog: what the weights belong to.
@@ -99,6 +104,10 @@ def continued(
     context = prog.experiment.data.length
     longest = max(map(len, ids))
     room = context + 1 - longest  # the last token is not read again
+    begins, mark = ids, np.array([coder.eot], np.int32)
+    if apart := reads(prog):  # texts begin anew, and what is read ends with its mark
+        ids, begins = [np.roll(i, -1) for i in ids], [mark] * len(ids)
+        room = config.tokens
     if config.tokens > room:
         report(
             f"generate.tokens={config.tokens}, but the context (data.length={context}) "
@@ -115,7 +124,8 @@ def continued(
         batch = jobs[start : start + size]
         numbered = [(ids[i], number) for i, number in batch]
         devices = prog.layout.size("batch")
-        rows = make_rows(numbered, config.tokens, context, devices)
+        most = longest + config.tokens if apart else context
+        rows = make_rows(numbered, config.tokens, most, devices)
         new_BM, finite = jax.device_get(sample(params, rows, key))
         if not finite:
             raise ConfigError(
@@ -125,8 +135,21 @@ def continued(
         new_BNM = np.reshape(new_BM, (-1, each, config.tokens))
         for (i, number), new_NM in zip(batch, new_BNM, strict=False):
             for n, new_M in enumerate(new_NM, number):
-                found[i, n] = _decode(coder, ids[i], new_M)
+                found[i, n] = _decode(coder, begins[i], new_M)
     return [[found[i, n] for n in range(config.samples)] for i in range(len(ids))]
+
+
+def reads(prog: Program) -> bool:
+    """Returns whether prompts are read by an encoder, and no text continues its prompt."""
+    return isinstance(prog.experiment.model, EncoderDecoder.Config)
+
+
+def shown(
+    prog: Program, prompts: Sequence[str], found: Sequence[Sequence[str]]
+) -> list[str]:
+    """Returns what a user sees: prompts with their continuations, or what was read's answers."""
+    pairs = zip(prompts, found, strict=True)
+    return [t if reads(prog) else p + t for p, some in pairs for t in some]
 
 
 def make_rows(
@@ -189,21 +212,17 @@ def _sample(
     model = prog.model(stacked.plain(prog, cast_once(prog, params)))
     split = sharding.spec("batch", None)
     batch = Rows(*(reshard(a, P(*split[: a.ndim])) for a in batch))
-    B, T = batch.tokens.shape
-    M, S = config.tokens, slots(T, config.tokens)
-    cached, eot = cache_tokens(batch.lengths, T, S), stops[0]
+    eot, M = stops[0], config.tokens
+    first_BT, lengths_B, source = begun(model, batch, eot)
+    B, T = first_BT.shape
+    S = slots(T, M)
+    cached = cache_tokens(lengths_B, T, S)
     zero = jnp.int32(0)
-    logits_BV, cache = advance(
-        model, batch.tokens, zero, cached, model.empty_cache(B, S)
-    )
+    cache = model.empty_cache(B, S, source)
+    logits_BV, cache = advance(model, first_BT, zero, cached, cache, source)
     if config.beams > 1:
-        several = beam.repeat(cached, config.beams, 0)
-        new_BKM, _, finite = beam.search(
-            *(config, stops, batch.limits, logits_BV, cache),
-            lambda ids_X1, m, cache: advance(model, ids_X1, T + m, several, cache),
-        )
-        best_BNM = new_BKM[:, : config.samples]
-        return reshard(best_BNM, sharding.spec(None, None, None)), finite
+        how = config, stops, model, batch.limits
+        return _searched(*how, T, logits_BV, cached, cache, source)
     keys_B = jax.vmap(functools.partial(_row_key, key))(batch.streams)
 
     def more(carry: Any) -> Array:
@@ -214,11 +233,12 @@ def _sample(
         m, logits_BV, done_B, new_BM, finite, cache = carry
         finite &= jnp.isfinite(logits_BV).all()
         draws_B = jax.vmap(jax.random.fold_in)(keys_B, batch.lengths + m)
-        ids_B = jnp.where(done_B, eot, choose(config, logits_BV, draws_B))
+        ids_B = jnp.where(done_B, eot, sampling.choose(config, logits_BV, draws_B))
         new_BM = lax.dynamic_update_slice(new_BM, ids_B[:, None], (0, m))
         ended_B = functools.reduce(jnp.logical_or, [ids_B == i for i in stops])
         done_B |= ended_B | (m + 1 >= batch.limits)
-        logits_BV, cache = advance(model, ids_B[:, None], T + m, cached, cache)
+        ids_B1 = ids_B[:, None]
+        logits_BV, cache = advance(model, ids_B1, T + m, cached, cache, source)
         return m + 1, logits_BV, done_B, new_BM, finite, cache
 
     new_BM = jnp.full((B, M), eot, jnp.int32, out_sharding=split)
@@ -226,6 +246,47 @@ def _sample(
     _, _, _, new_BM, finite, _ = lax.while_loop(more, step, carry)
     # All-gather over the batch's axes: every host reads every row.
     return reshard(new_BM, sharding.spec(None, None)), finite
+
+
+def _searched(
+    config: Generate,
+    stops: tuple[int, ...],
+    model: Model,
+    limits_B: Array,
+    T: int,
+    logits_BV: Array,
+    cached: Tokens,
+    cache: Any,
+    source: Source | None,
+) -> tuple[Array, Array]:
+    """Returns what `_sample` does, by a beam search from the logits after T slots."""
+    K, fixed = config.beams, None
+    cached = beam.repeat(cached, K, 0)
+    if source is not None:  # all beams of a prompt look at the same
+        source = Source(None, beam.repeat(source.tokens, K, 0))
+        cache, fixed = cache[0], beam.repeat(cache[1], K, 1)
+
+    def further(ids_X1: Array, m: Array, cache: Any) -> tuple[Array, Any]:
+        whole = cache if source is None else (cache, fixed)
+        logits_XV, whole = advance(model, ids_X1, T + m, cached, whole, source)
+        return logits_XV, whole if source is None else whole[0]
+
+    new_BKM, _, finite = beam.search(config, stops, limits_B, logits_BV, cache, further)
+    best_BNM = new_BKM[:, : config.samples]
+    return reshard(best_BNM, sharding.spec(None, None, None)), finite
+
+
+def begun(
+    model: Model, batch: Rows, eot: int
+) -> tuple[Int[Array, "B T"], Int[Array, " B"], Source | None]:
+    """Returns the tokens that texts begin with, flush right, how many they are, and what an
+    encoder made of the prompts; of a decoder alone the prompts themselves, and None."""
+    if not isinstance(model, EncoderDecoder):
+        return batch.tokens, batch.lengths, None
+    T = batch.tokens.shape[1]
+    source = model.encode(batch.tokens, cache_tokens(batch.lengths, T, T))
+    one_B = jnp.ones_like(batch.lengths)
+    return eot * one_B[:, None], one_B, source
 
 
 def slots(T: int, M: int) -> int:
@@ -251,6 +312,7 @@ def advance(
     slot: Int[Array, ""],
     cached: Tokens,
     cache: Any,
+    source: Source | None = None,
 ) -> tuple[Float[Array, "B V"], Any]:
     """Returns fp32 logits after the last of the tokens, and the cache with them.
 
@@ -262,51 +324,16 @@ def advance(
         slot: where they go.
         cached: positions and segments of all slots.
         cache: from `model.empty_cache`, or the last call.
+        source: what an encoder made of the prompts.
     """
     T = ids_BT.shape[1]
     here = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, slot, T, axis=1), cached)
-    x_BTD, _, cache = model(ids_BT, here, cache=cache, slot=slot, cached=cached)
+    given = {"cache": cache, "slot": slot, "cached": cached, "source": source}
+    x_BTD, _, cache = model(ids_BT, here, **given)
     logits_B1V = model.logits(x_BTD[:, -1:])
     # All-gather over tensor: choosing needs a whole row, and one position's is small.
     logits_BV = reshard(logits_B1V[:, 0], sharding.spec("batch", None))
     return logits_BV[:, : model.config.vocab_size], cache
-
-
-def choose(
-    config: Generate, logits_BV: Float[Array, "B V"], keys_B: Array
-) -> Int[Array, " B"]:
-    """Returns an id for each row, drawn with the row's own key.
-
-    Temperature first, then top-k (of equal logits the lower id counts as likelier),
-    then top-p of what is left: the fewest likeliest ids that hold so much of its
-    probability (Holtzman et al. 2020). At temperature 0, the likeliest; nothing drawn.
-    """
-    if config.temperature < 1e-30:  # fp32 could not divide by it
-        return logits_BV.argmax(-1).astype(jnp.int32)
-    # Each device draws for its own rows; there is nothing to communicate.
-    specs = sharding.spec("batch", None), sharding.spec("batch")
-    draw = manual.region(functools.partial(_draw, config), specs, specs[1])
-    return draw(logits_BV, keys_B)
-
-
-def _draw(config: Generate, logits_bV: Array, keys_b: Array) -> Array:
-    V = logits_bV.shape[1]
-    # The Gumbel-max trick. The noise goes by id, not by rank: where two logits change
-    # order by rounding, the sample stays the same.
-    noise_bV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_b)
-    top_b1 = logits_bV.max(-1, keepdims=True)
-    x_bV = (logits_bV - top_b1) / config.temperature
-    top_p = 1.0 if config.top_p is None else config.top_p
-    if config.top_k is None and top_p == 1:
-        return (x_bV + noise_bV).argmax(-1).astype(jnp.int32)
-    x_bk, ids_bk = lax.top_k(x_bV, min(config.top_k or V, V))
-    if top_p < 1:
-        p_bk = jax.nn.softmax(x_bk)
-        likelier_bk = jnp.cumsum(p_bk, -1) - p_bk  # probability of those before
-        x_bk = jnp.where(likelier_bk < top_p, x_bk, -jnp.inf)
-    x_bk = x_bk + jnp.take_along_axis(noise_bV, ids_bk, 1)
-    best_b1 = x_bk.argmax(-1, keepdims=True)
-    return jnp.take_along_axis(ids_bk, best_b1, 1)[:, 0].astype(jnp.int32)
 
 
 def _row_key(key: Array, stream_2: Array) -> Array:

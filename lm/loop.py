@@ -328,8 +328,7 @@ def _samples(
     say = _say if primary else _silent
     texts = generate.texts(prog, weights, coder, wanted.prompts, wanted, say)
     if primary:
-        pairs = zip(wanted.prompts, texts, strict=True)
-        samples = [prompt + text for prompt, some in pairs for text in some]
+        samples = generate.shown(prog, wanted.prompts, texts)
         joined = f"\n{'─' * 60}\n".join(samples) + "\n"
         (epath.Path(workdir) / "samples.txt").write_text(joined)
         print(joined, end="")

@@ -310,9 +310,7 @@ def _generate(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
         coder = Chat(coder)
     texts = generate.texts(prog, params, coder, prompts, experiment.generate, _say)
     if jax.process_index() == 0:
-        for prompt, some in zip(prompts, texts, strict=True):
-            for text in some:
-                print(f"{prompt}{text}")
+        print(*generate.shown(prog, prompts, texts), sep="\n")
     return loop.DONE
 
 

@@ -42,6 +42,7 @@ FLOORS = {
     "lm.gathering": 3.3,
     "lm.gradients": 3.4,
     "lm.train": 3.5,
+    "lm.sampling": 3.5,
     "lm.beam": 3.5,
     "lm.generate": 3.75,
     "lm.checkpoint": 4.0,

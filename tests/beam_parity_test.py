@@ -22,9 +22,7 @@ EARLY = {"full": True, "heuristic": False, "never": "never"}
 def test_beams_are_those_of_transformers(name, beams, penalty, early):
     """All the texts of every prompt; half of the ids end one, so that many do."""
     one = parity_test.made(name)
-    prompts = [
-        parity_test.tokens(name)[b, :n].copy() for b, n in enumerate(LENGTHS)
-    ]
+    prompts = [parity_test.tokens(name)[b, :n].copy() for b, n in enumerate(LENGTHS)]
     there = np.arange(LONGEST)[None] >= LONGEST - np.array(LENGTHS)[:, None]
     ids = np.zeros((3, LONGEST), np.int64)
     for b, prompt in enumerate(prompts):
@@ -36,7 +34,9 @@ def test_beams_are_those_of_transformers(name, beams, penalty, early):
         length_penalty=penalty, early_stopping=EARLY[early],
         max_new_tokens=NEW, pad_token_id=2, eos_token_id=stops,
     )[:, LONGEST:].numpy()  # fmt: skip
-    expected = np.pad(expected, ((0, 0), (0, NEW - expected.shape[1])), constant_values=2)
+    expected = np.pad(
+        expected, ((0, 0), (0, NEW - expected.shape[1])), constant_values=2
+    )
     chosen = Generate(
         tokens=NEW, temperature=0.0, beams=beams, samples=beams,
         length_penalty=penalty, early_stop=early,

@@ -71,7 +71,7 @@ class Pairs(Answered):
 
     def asked(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         first, second = self.document(number)
-        return first[1:][: self.shape[0]], second[1:-1]
+        return first[:-1][: self.shape[0]], second[1:-1]
 
     def row(self, index: int) -> Row:
         T, U = self.shape

@@ -232,7 +232,7 @@ class Model(nnx.Module):
         cached: Tokens | None = None,
     ) -> Side:
         """Returns what every block gets besides the residual stream; arguments as of a call."""
-        return Side(tokens, None, keys_BT, slot, cached, packed)
+        return Side(tokens, keys_BT=keys_BT, slot=slot, cached=cached, packed=packed)
 
     def stage(
         self,
@@ -282,8 +282,9 @@ class Model(nnx.Module):
         real = jnp.arange(self.config.vocab_rows) < self.config.vocab_size
         return jnp.where(real[None, None], logits, NEG)
 
-    def empty_cache(self, batch: int, length: int) -> Any:
+    def empty_cache(self, batch: int, length: int, source: Source | None = None) -> Any:
         """Returns what decoding keeps of `batch` rows of `length` tokens, leaves [L, B, ...]."""
+        assert source is None, "there is nothing that looks at it"
         blocks = self.config.blocks
         one = stack.empty_cache(blocks[0], batch, length, self.dtype)
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(blocks), *a.shape)), one)
