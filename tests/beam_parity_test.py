@@ -1,6 +1,5 @@
 """Beam search against that of transformers, token for token, in fp32. Run with -m parity."""
 
-import families_hf
 import jax
 import numpy as np
 import parity_test
