@@ -12,6 +12,7 @@ from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.models import kinds
 from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.recurrent import Recurrent
 from lm.models.timetable import Pipeline
 from lm.models.transformer import Transformer
@@ -313,6 +314,7 @@ class Experiment:
                 f"eval.batch_size={self.eval_size()} is not divisible by {group} (mesh.pipe="
                 f"{stages} in rounds); use a multiple of {group}"
             )
+        self._fit_two_stacks(layout)
         self._fit_length(layout)
         if self.model.remat == "offload" and layout.platform == "cpu":
             raise ConfigError(
@@ -326,6 +328,28 @@ class Experiment:
                 f"model.vocab_multiple={self.model.vocab_multiple} pads the vocabulary to "
                 f"{self.model.vocab_rows} rows, which {rows} devices (tensor x pipe) do not "
                 f"divide; set model.vocab_multiple to a multiple of {rows}"
+            )
+
+    def _fit_two_stacks(self, layout: sharding.Layout) -> None:
+        """Checks what an encoder beside a decoder can be split over."""
+        if not isinstance(self.model, EncoderDecoder.Config):
+            return
+        for axis, logical in (("pipe", "layers"), ("seq", "length")):
+            if (devices := layout.size(logical)) > 1:
+                raise ConfigError(
+                    f"mesh.{axis}={devices}: model=EncoderDecoder has two stacks over rows of two "
+                    f"lengths, which mesh.{axis} does not split; set mesh.{axis}=1 and use "
+                    "mesh.data, fsdp or tensor"
+                )
+        parts, length = (
+            layout.size("residual"),
+            batches.written(self.objective, self.data),
+        )
+        if length % parts:
+            raise ConfigError(
+                f"objective={kind(type(self.objective))} has targets of {length} tokens, which "
+                f"mesh.sequence_parallel does not split over mesh.tensor={parts} devices; set "
+                "mesh.sequence_parallel=false, or another length"
             )
 
     def _fit_length(self, layout: sharding.Layout) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import metrics
+from lm import batches, metrics
 from lm.plan import chips, flops
 from lm.terminal import Terminal
 from lm.train import Program
@@ -53,10 +53,12 @@ class Log:
         self._prog, self._writer, self._terminal = prog, writer, terminal
         self._pending: tuple[int, Any] | None = None
         self._means, self._speed = metrics.Means(), metrics.Throughput()
-        model, length = prog.experiment.model, prog.experiment.data.length
+        experiment = prog.experiment
+        model, length = experiment.model, experiment.data.length
+        written = batches.written(experiment.objective, experiment.data)
         self._cost = {  # operations a token
-            "mfu": flops.train(model, length, causal=False),
-            "mfu_causal": flops.train(model, length, causal=True),
+            "mfu": flops.train(model, length, causal=False, written=written),
+            "mfu_causal": flops.train(model, length, causal=True, written=written),
         }
         self._peak: float | None = None  # operations a second of the whole mesh
 

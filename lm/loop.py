@@ -30,8 +30,6 @@ from lm.experiment import Experiment
 from lm.log import Log, due
 from lm.lookout import Lookout
 from lm.nn import attend
-from lm.nn.attention import Attention
-from lm.nn.latent import Latent
 from lm.plan import placement
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
@@ -365,11 +363,8 @@ def _attention(prog: Program) -> str:
         packed=prog.packed,
         shards=layout.size("length"),
     )
-    found = dict.fromkeys(
-        block.mixer.how(row, block.dim // block.heads)
-        for block in model.blocks
-        if isinstance(block.mixer, Attention.Config | Latent.Config)
-    )
+    written = batches.written(prog.experiment.objective, prog.experiment.data)
+    found = dict.fromkeys(model.attends(row, written))
     return f", attention: {' and '.join(found)}" if found else ""
 
 

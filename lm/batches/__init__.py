@@ -51,6 +51,20 @@ def added(objective: Objective) -> int:
     return getattr(objective, "added", 0)
 
 
+def written(objective: Objective, data: Data) -> int:
+    """Returns the tokens of a row in which something is predicted; `data.length`, but where a
+    decoder writes beside the rows that an encoder reads.
+
+    Raises:
+        ConfigError: one line with what to set.
+    """
+    if isinstance(objective, Seq2Seq):
+        return objective.target_length
+    if isinstance(objective, SpanCorruption):
+        return objective.sizes(data.length, data.isolate)[1]
+    return data.length
+
+
 def check(objective: Objective, data: Data) -> None:
     """Checks that the objective can make rows of such data.
 

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from lm.config import ConfigError
 from lm.models import stack
-from lm.models.model import DEEPEST, Model
+from lm.models.model import DEEPEST, Model, how
+from lm.nn import attend
 from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.ffn import Mlp
@@ -89,6 +90,18 @@ class EncoderDecoder(Model):
             whole = dataclasses.replace(self.attention, causal=False)
             return self._stack(self.encoder_layers, mixer=whole)
 
+        def attends(self, row: attend.Row, written: int) -> list[str]:
+            """Returns in words how each layer that has attention computes it."""
+            bias = self.relative is not None
+            own = dataclasses.replace(row, length=written, bias=bias)
+            other = dataclasses.replace(row, length=written, keys=row.length)
+            whole = dataclasses.replace(self.attention, causal=False)
+            return [
+                *how(self.encoder_blocks, dataclasses.replace(row, bias=bias)),
+                *how(self.blocks, own),
+                whole.how(other, self.dim // self.heads),
+            ]
+
         @property
         def sinusoidal(self) -> Sinusoidal | None:
             """The sines that stand for positions, where it has them."""
@@ -111,6 +124,11 @@ class EncoderDecoder(Model):
             shape, axes = (config.heads, config.relative.buckets), ("heads", "position")
             self.distance_nb = param(rngs, shape, axes, config.init_std)
             self.encoder_distance_nb = param(rngs, shape, axes, config.init_std)
+
+    @property
+    def _own(self) -> Config:
+        assert isinstance(self.config, EncoderDecoder.Config)
+        return self.config
 
     def read(
         self,
@@ -135,14 +153,14 @@ class EncoderDecoder(Model):
         packed: bool = True,
     ) -> Source:
         """Returns what the decoder looks at; arguments as of a call."""
-        c, first = self.config, self.config.layers
+        c, first = self._own, self._own.layers
         x_BTD = self._embed(tokens_BT, tokens.positions)
         site = jnp.uint32(first * stack.SITES + 2)
         x_BTD = dropout(x_BTD, c.dropout, keys_BT, site)
         bias = self._scores("encoder_distance_nb", tokens, causal=False)
         side = Side(tokens, bias=bias, keys_BT=keys_BT, packed=packed)
-        how = {"remat": c.remat, "scan": c.scan, "first": first}
-        x_BTD, _, _ = stack.run(self.encoder, x_BTD, side, **how)
+        run = functools.partial(stack.run, remat=c.remat, scan=c.scan, first=first)
+        x_BTD, _, _ = run(self.encoder, x_BTD, side)
         x_BTD = x_BTD if self.encoder_norm is None else self.encoder_norm(x_BTD)
         return Source(stack.enter(x_BTD), tokens)
 
@@ -153,8 +171,9 @@ class EncoderDecoder(Model):
         keys_BT: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns what enters the first block of the decoder."""
-        if self.config.start is not None:
-            tokens_BT = jnp.where(positions_BT == 0, self.config.start, tokens_BT)
+        start = self._own.start
+        if start is not None:
+            tokens_BT = jnp.where(positions_BT == 0, start, tokens_BT)
         return super().embed(tokens_BT, positions_BT, keys_BT)
 
     def side(
@@ -190,9 +209,8 @@ class EncoderDecoder(Model):
     def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns what the head takes, from what the last layer returned."""
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        if self.config.head_scale == 1:
-            return x_BTD
-        return x_BTD * jnp.asarray(self.config.head_scale, x_BTD.dtype)
+        scale = self._own.head_scale
+        return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
     def empty_cache(self, batch: int, length: int, source: Source | None = None) -> Any:
         """Returns what decoding keeps of `batch` rows of `length` tokens, leaves [L, B, ...].

@@ -7,7 +7,7 @@ Shapes: B batch, T length, D embed, V vocabulary padded to `vocab_multiple`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,7 +19,10 @@ from jaxtyping import Array, Float, Int
 from lm import sharding
 from lm.config import ConfigError
 from lm.models import chunk, stack
+from lm.nn import attend
+from lm.nn.attention import Attention
 from lm.nn.blockwise import NEG, Tokens, cap
+from lm.nn.latent import Latent
 from lm.nn.layers import (
     Learned,
     Norm,
@@ -35,6 +38,13 @@ from lm.nn.param import param, rows, weight
 from lm.nn.relative import Relative
 
 DEEPEST = 100_000  # layers; more is a slip of the hand
+
+
+def how(blocks: Sequence[stack.Block.Config], row: attend.Row) -> list[str]:
+    """Returns in words how the attention of blocks is computed over rows."""
+    mixers: Any = [(block.mixer, block.dim // block.heads) for block in blocks]
+    some = Attention.Config | Latent.Config
+    return [c.how(row, H) for c, H in mixers if isinstance(c, some)]
 
 
 class Model(nnx.Module):
@@ -120,6 +130,16 @@ class Model(nnx.Module):
         def relative(self) -> Relative | None:
             """The learned scores of distances, where it has them."""
             return None
+
+        def attends(self, row: attend.Row, written: int) -> list[str]:
+            """Returns in words how each layer that has attention computes it.
+
+            Args:
+                row: what a step reads.
+                written: tokens of a row in which something is predicted.
+            """
+            del written
+            return how(self.blocks, row)
 
         @property
         def sparse(self) -> range:

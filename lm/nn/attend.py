@@ -161,7 +161,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """Rows of a train step, which attend to themselves."""
+    """Rows of a train step, which attend to themselves or to others."""
 
     platform: str
     length: int  # tokens
@@ -169,6 +169,7 @@ class Row:
     packed: bool
     shards: int = 1  # devices that split the row
     bias: bool = False  # see `Case`
+    keys: int | None = None  # tokens of the other rows; None: to themselves
 
     def case(
         self, head_dim: int, mask: Mask, packed: bool = False, lse: bool = False
@@ -177,7 +178,7 @@ class Row:
         return Case(
             platform=self.platform,
             queries=self.length,
-            keys=self.length,
+            keys=self.length if self.keys is None else self.keys,
             head_dim=head_dim,
             dtype=self.dtype,
             packed=self.packed or packed,

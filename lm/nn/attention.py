@@ -74,7 +74,8 @@ class Attention(nnx.Module):
         def how(self, row: attend.Row, head_dim: int) -> str:
             """Returns in words how attention over such rows is computed."""
             H = self.head_dim or head_dim
-            case = row.case(H, self.mask(H), packed=not self.causal, lse=self.sinks)
+            mask = self.mask(H, ordered=row.keys is None)
+            case = row.case(H, mask, packed=not self.causal, lse=self.sinks)
             return case.how(self.implementation, self.context)
 
     def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import sharding, train
+from lm import batches, sharding, train
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.plan import collectives, minimum
 from lm.program import Program
 
@@ -37,6 +38,7 @@ def batch(prog: Program) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a train step's batch."""
     e = prog.experiment
     B, T = e.train.batch_size, e.data.length
+    U = batches.written(e.objective, e.data)
     with sharding.use(prog.layout):
         tokens = prog.sharding(sharding.spec("batch", "length"))
         rows = prog.sharding(sharding.spec("batch"))
@@ -46,8 +48,11 @@ def batch(prog: Program) -> dict[str, jax.ShapeDtypeStruct]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     names = ("tokens", "targets", "segments", "positions")
-    return {name: of((B, T), jnp.int32) for name in names} | {
-        "weights": of((B, T), jnp.float32),
+    read = ("inputs", "input_segments", "input_positions")
+    read = read if isinstance(e.model, EncoderDecoder.Config) else ()
+    shapes = dict.fromkeys(names, (B, U)) | dict.fromkeys(read, (B, T))
+    return {name: of(shape, jnp.int32) for name, shape in shapes.items()} | {
+        "weights": of((B, U), jnp.float32),
         "bytes": of((B,), jnp.int32),
         "index": of((B,), jnp.uint32),
     }

@@ -2,6 +2,7 @@
 
 from lm.models import kinds
 from lm.models.encoder import Encoder
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 from lm.nn.ffn import Mlp
@@ -11,19 +12,27 @@ from lm.nn.moe import Moe
 from lm.nn.recurrent import Gru, Lstm
 
 
-def forward(config: kinds.Config, length: int, *, causal: bool) -> float:
+def forward(
+    config: kinds.Config, length: int, *, causal: bool, written: int | None = None
+) -> float:
     """Returns the operations of one token's forward pass in a sequence of `length` tokens.
 
     Products with weights, and attention's two products over the keys; norms, softmax and the
-    like are left out, as is usual; so are experts that a token is not sent to. `causal=False`
-    counts every key of the row, as most published MFU figures do (Chowdhery et al. 2022, appendix
-    B); True only the keys a token may see.
+    like are left out, as is usual; so are experts that a token is not sent to.
+
+    Of a model with an encoder a token is one that is written, and what is read for it counts:
+    `length` tokens for each row of `written` ones.
+
+    `causal=False` counts every key of the row, as most published MFU figures do (Chowdhery et
+    al. 2022, appendix B); True only the keys a token may see.
     """
     c = config
     if isinstance(c, Recurrent.Config):
         return 2.0 * (c.layers * _recurrent(c) + c.vocab_rows * c.dim)
     if isinstance(c, Encoder.Config):
         return _encoder(c, length)
+    if isinstance(c, EncoderDecoder.Config):
+        return _encoder_decoder(c, length, written or length, causal)
     weights = c.layers * _projections(c) + _feed_forward(c) + c.vocab_rows * c.dim
     return 2.0 * weights + 2.0 * c.heads * _head(c) * _keys(c, length, causal=causal)
 
@@ -82,6 +91,20 @@ def _encoder(c: Encoder.Config, length: int) -> float:
     return 2.0 * weights + 4.0 * c.layers * wide * length
 
 
+def _encoder_decoder(
+    c: EncoderDecoder.Config, read: int, written: int, causal: bool
+) -> float:
+    """Returns the operations a written token."""
+    wide = c.heads * (c.attention.head_dim or c.dim // c.heads)
+    half, mlp = 2 * c.dim * wide, _mlp(c.ffn, c.dim)  # two of four projections
+    keys = (written + 1) / 2 if causal else written
+    own = 2.0 * (3 * half + mlp) + 4.0 * wide * (keys + read)
+    once = c.encoder_layers * (2.0 * (2 * half + mlp) + 4.0 * wide * read)
+    once += c.layers * 2.0 * half  # keys and values of what was read
+    head = 2.0 * c.vocab_rows * c.dim
+    return c.layers * own + head + once * read / written
+
+
 def _recurrent(c: Recurrent.Config) -> int:
     """Returns the weights of a layer."""
     H = c.mixer.width(c.dim)
@@ -94,6 +117,8 @@ def _mlp(c: Mlp.Config, dim: int) -> int:
     return (3 if c.gated else 2) * dim * c.width(dim)
 
 
-def train(config: kinds.Config, length: int, *, causal: bool) -> float:
+def train(
+    config: kinds.Config, length: int, *, causal: bool, written: int | None = None
+) -> float:
     """Returns the operations of one token's forward and backward pass, without recomputation."""
-    return 3 * forward(config, length, causal=causal)
+    return 3 * forward(config, length, causal=causal, written=written)
