@@ -21,8 +21,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lm import sharding
-from lm.experiment import Generate
 from lm.nn import manual
+from lm.sampling import Generate
 
 # From new tokens [X, 1], their number so far and the cache, to logits [X, V] and the cache.
 Advance: TypeAlias = Callable[[Array, Array, Any], tuple[Array, Any]]

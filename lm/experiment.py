@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from typing import Literal
 
 from lm import batches, schedules, sharding
 from lm.config import ConfigError, kind, nearest
@@ -19,6 +18,7 @@ from lm.models.transformer import Transformer
 from lm.nn.moe import Moe
 from lm.objectives import Causal, refuse
 from lm.optim import Optim
+from lm.sampling import Generate
 from lm.scores import texts
 
 
@@ -140,67 +140,6 @@ class Checkpoint:
                 raise ConfigError(
                     f"checkpoint.{name}={value}: expected {least} or more"
                 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
-    """How text is sampled."""
-
-    tokens: int = 200  # at most so many new ones
-    temperature: float = 0.8  # 0: the most likely token (greedy)
-    top_k: int | None = None  # sample among so many of the likeliest
-    top_p: float | None = (
-        0.95  # sample among the likeliest that hold this much probability
-    )
-    seed: int = 0
-    samples: int = 1  # texts for each prompt; of beams the best
-    beams: int = 1  # texts that grow side by side for each prompt, see lm/beam.py
-    length_penalty: float = 1.0  # log-probabilities are divided by tokens to this power
-    # When a prompt is done: once as many texts as beams have ended ("full"), once the likeliest
-    # that grows scores less than each of them at its length ("heuristic"), or at any ("never").
-    early_stop: Literal["full", "heuristic", "never"] = "heuristic"
-    prompts: tuple[str, ...] = ()  # continued at the end of training
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(
-                f"generate.temperature={self.temperature}: expected 0 or more"
-            )
-        for name in ("tokens", "samples", "top_k", "beams"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"generate.{name}={value}: expected 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"generate.top_p={self.top_p}: expected 0 < top_p <= 1")
-        if self.beams > 1:
-            self._check_beams()
-        elif self.length_penalty != 1 or self.early_stop != "heuristic":
-            raise ConfigError(
-                f"generate.length_penalty={self.length_penalty} and early_stop="
-                f"{self.early_stop} are for several beams; set generate.beams=4, or leave "
-                "them out"
-            )
-
-    def _check_beams(self) -> None:
-        if self.temperature:
-            raise ConfigError(
-                f"generate.beams={self.beams} keeps the likeliest texts and draws none, but "
-                f"generate.temperature={self.temperature}; set generate.temperature=0"
-            )
-        if self.top_k is not None:
-            raise ConfigError(
-                f"generate.beams={self.beams} draws no token, but generate.top_k="
-                f"{self.top_k}; set generate.top_k=none"
-            )
-        if self.samples > self.beams:
-            raise ConfigError(
-                f"generate.samples={self.samples}, but generate.beams={self.beams} find no "
-                f"more texts than that; set generate.beams={self.samples}"
-            )
-        if not -5 <= self.length_penalty <= 5:
-            raise ConfigError(
-                f"generate.length_penalty={self.length_penalty}: expected -5 to 5 (0: none)"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -178,9 +178,10 @@ def make_sample(
 ) -> Sample:
     """Returns the compiled function (params, rows, key) -> (new tokens [B, M], finite).
 
-    With several beams its tokens are [B, samples, M]: the best, best first. M is `config.tokens`; it stops when every row has ended, with `eot` or another of
-    `ends`, and a row that has goes on with `eot`. `finite` is False where a logit was
-    not. It is compiled for each shape of the rows.
+    M is `config.tokens`; it stops when every row has ended, with `eot` or another of
+    `ends`, and a row that has goes on with `eot`. With several beams the tokens are
+    [B, samples, M], the best text first. `finite` is False where a logit was not. It is
+    compiled for each shape of the rows.
     """
     # A step has one token, which can't be split: the length is whole on every device.
     rules = dataclasses.replace(prog.layout.rules, length=(), residual=())
