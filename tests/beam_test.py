@@ -11,7 +11,6 @@ import toy
 
 from lm import generate, sharding
 from lm.experiment import Generate
-from lm.nn.blockwise import Tokens
 
 EOT, VOCAB, NEW = 0, 5, 3
 
@@ -24,31 +23,45 @@ def every_text(prog, params, prompt, penalty):
         for text in itertools.product(range(VOCAB), repeat=n)
         if EOT not in text[:-1] and (n == NEW or text[-1] == EOT)
     ]
-    whole = np.zeros((len(texts), len(prompt) + NEW), np.int32)
-    for row, text in zip(whole, texts, strict=True):
-        row[: len(prompt) + len(text)] = [*prompt, *text]
+    apart = generate.reads(prog)
+    begin = [EOT] if apart else list(prompt)
+    given = np.zeros((len(texts), len(begin) + NEW), np.int32)
+    for row, text in zip(given, texts, strict=True):
+        row[: len(begin) + len(text)] = [*begin, *text]
+    rows = {"tokens": given, "positions": np.cumsum(np.ones_like(given), 1) - 1}
+    if apart:
+        read = np.tile(np.roll(prompt, -1), (len(texts), 1))
+        rows |= {
+            "inputs": read,
+            "input_positions": np.cumsum(np.ones_like(read), 1) - 1,
+        }
+        rows["input_segments"] = np.ones_like(read)
 
     @jax.jit
-    def log_probs(params, ids):
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+    def log_probs(params, rows):
         model = prog.model(params)
-        x_BTD, _, _ = model(ids, Tokens(positions, jnp.ones_like(ids)))
+        x_BTD, _ = model.read(rows, None, True)
         return jax.nn.log_softmax(model.logits(x_BTD)[..., :VOCAB])
 
+    rows = {name: a.astype(np.int32) for name, a in rows.items()}
     with sharding.use(prog.layout):
-        found = np.asarray(log_probs(params, jnp.array(whole)), np.float64)
-    at = len(prompt) - 1
+        ones = {"segments": np.ones_like(given)}
+        found = np.asarray(log_probs(params, jax.tree.map(jnp.array, {**rows, **ones})))
+    at = len(begin) - 1
     scores = [
-        sum(rows[at + i, token] for i, token in enumerate(text)) / len(text) ** penalty
-        for rows, text in zip(found, texts, strict=True)
+        sum(log_p[at + i, token] for i, token in enumerate(text)) / len(text) ** penalty
+        for log_p, text in zip(found.astype(np.float64), texts, strict=True)
     ]
     return sorted(zip(scores, texts, strict=True), reverse=True)
 
 
 RECURRENT = ["model=Recurrent", "model.layers=2", "model.dim=16"]
+APART = ["model=EncoderDecoder", "objective=Seq2Seq", "data.packing=documents"]
+APART += ["model.norms=post", "model.positions=Sinusoidal"]
+KINDS = [(0.0, []), (1.0, APART), (-1.0, RECURRENT)]
 
 
-@pytest.mark.parametrize("penalty, sets", [(0.0, []), (1.0, []), (-1.0, RECURRENT)])
+@pytest.mark.parametrize("penalty, sets", KINDS)
 def test_enough_beams_find_the_best_of_all_texts(penalty, sets):
     """What a model keeps of a text, keys and values or a state, goes with its beam."""
     prog = sampling.program(sampling.tiny(vocab_size=VOCAB), *sets, "mesh.data=1")
@@ -58,7 +71,8 @@ def test_enough_beams_find_the_best_of_all_texts(penalty, sets):
         early_stop="never",
     )  # fmt: skip
     prompts = [np.array(p, np.int32) for p in ([0, 3, 1], [0], [0, 2, 2, 4])]
-    rows = generate.make_rows([(p, 0) for p in prompts], NEW, sampling.LENGTH, 1)
+    turned = [np.roll(p, -1) if generate.reads(prog) else p for p in prompts]
+    rows = generate.make_rows([(p, 0) for p in turned], NEW, sampling.LENGTH, 1)
     sample = generate.make_sample(prog, chosen, EOT)
     found, finite = sample(params, rows, jax.random.key(0))
     assert finite
@@ -91,6 +105,15 @@ MESHES = [
 def test_beams_are_the_same_on_every_mesh(alone, mesh):
     assert searched(sampling.program(sampling.tiny(), *mesh), sampling.PROMPTS) == alone
     assert len({text for texts in alone for text in texts}) == 9
+
+
+def test_beams_of_what_an_encoder_read_are_the_same_on_a_mesh():
+    mesh = MESHES[0]
+    one, many = (
+        searched(sampling.program(sampling.tiny(), *APART, *more), sampling.PROMPTS)
+        for more in (["mesh.data=1"], mesh)
+    )
+    assert one == many and len({text for texts in one for text in texts}) > 3
 
 
 def test_beams_depend_on_no_other_prompt_and_no_batch(alone):
