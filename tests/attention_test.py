@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import reference_parts
 import toy
 
 from lm import sharding
@@ -71,7 +72,7 @@ def everything(f, arrays, cotangents):
 def formula(mask, arrays, cotangents, q_tokens, kv_tokens):
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, cotangents))
-        f = lambda *a: reference.attention(mask, *a, q_tokens, kv_tokens)  # noqa: E731
+        f = lambda *a: reference_parts.attention(mask, *a, q_tokens, kv_tokens)  # noqa: E731
         return everything(f, *wide)
 
 

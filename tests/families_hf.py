@@ -157,6 +157,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**SMALL, "model_type": "mistral", "sliding_window": 8, "head_dim": 16},
 }
 
+# Those of an encoder and a decoder; most distances are beyond those that are told apart.
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 300,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 1,
+}
+READERS: dict[str, dict[str, Any]] = {
+    "t5 1.0": T5,
+    "t5 1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+
 # What makes ours compute what theirs does in training: no losses besides the likelihood's.
 EXPERTS = ["ffn.balance=0", "ffn.z_loss=0"]
 SETS: dict[str, list[str]] = {

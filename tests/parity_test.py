@@ -18,10 +18,11 @@ import toy
 from etils import epath
 
 from lm import config, generate, gradients, train
+from lm.batches import Seq2Seq
 from lm.convert import families, files, weights
 from lm.data import tokenizer as tokenizers
 from lm.experiment import Generate
-from lm.models.transformer import Transformer
+from lm.models.encoder_decoder import EncoderDecoder
 
 torch = pytest.importorskip("torch", reason="parity needs the extra parity: torch")
 transformers = pytest.importorskip(
@@ -41,10 +42,12 @@ TOLERANCE = 1e-4  # of logits around 1, of the loss, and of a gradient's norm
 def made(name):
     """Returns a model of transformers, its files, and the same in ours."""
     torch.manual_seed(0)
-    values = families_hf.CONFIGS[name]
+    values = {**families_hf.CONFIGS, **families_hf.READERS}[name]
     chosen = transformers.AutoConfig.for_model(**values)
     chosen._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(chosen)
+    model = kind_of(values).from_config(chosen)
+    if values.get("tie_word_embeddings") is False and name in families_hf.READERS:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     model = model.to(torch.float32).eval()
     everything = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
@@ -65,11 +68,22 @@ def made(name):
     )
 
 
-def program(model: Transformer.Config) -> train.Program:
+def kind_of(values):
+    """Returns the class of transformers that makes such models."""
+    if values["model_type"] == "t5":
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def program(model) -> train.Program:
     data = dataclasses.replace(
         toy.BASE.data, length=64, tokenizer=tokenizers.SentencePiece()
     )
-    chosen = dataclasses.replace(toy.BASE, model=model, data=data)
+    more = {}
+    if isinstance(model, EncoderDecoder.Config):
+        data = dataclasses.replace(data, packing="documents")
+        more = {"objective": Seq2Seq(target_length=32)}
+    chosen = dataclasses.replace(toy.BASE, model=model, data=data, **more)
     return train.program(chosen, toy.layout(chosen.mesh))
 
 
@@ -158,6 +172,11 @@ def test_loss_and_every_gradient_are_the_same(name):
     sums, grads = one.prog.compiled(of)(one.params, toy.place(one.prog, host))
     assert abs(float(sums["loss"]) / loss.item() - 1) < TOLERANCE
 
+    same_gradients(one, grads)
+
+
+def same_gradients(one, grads):
+    """Checks gradients against those that the model of transformers holds."""
     values = {k: p.data.clone() for k, p in one.model.named_parameters()}
     buffers = {k: p.data.clone() for k, p in one.model.named_buffers()}
     try:  # the gradient, saved as a model is
@@ -202,9 +221,8 @@ def test_greedy_text_is_the_same_token_for_token(name):
     np.testing.assert_array_equal(np.asarray(found)[:3], expected)
 
 
-@pytest.mark.parametrize("name", families_hf.CONFIGS)
-def test_what_is_exported_is_what_transformers_reads(name):
-    """Every tensor has its bytes again, and config.json, written anew, says the same."""
+def exported(name):
+    """Writes a model out again and checks its bytes; returns what transformers reads."""
     one, warned = made(name), []
     with toy.refused("config.json", "a_new_key=1"):
         families.read({**one.json, "a_new_key": 1})
@@ -233,13 +251,20 @@ def test_what_is_exported_is_what_transformers_reads(name):
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
-        again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        again, info = kind_of(one.json).from_pretrained(
             str(folder), output_loading_info=True, attn_implementation="eager"
         )
     finally:
         logger.removeHandler(handler)
-    assert not warned
     assert not any(info.values()), info
+    return again, warned
+
+
+@pytest.mark.parametrize("name", families_hf.CONFIGS)
+def test_what_is_exported_is_what_transformers_reads(name):
+    """Every tensor has its bytes again, and config.json, written anew, says the same."""
+    one, (again, warned) = made(name), exported(name)
+    assert not warned
     host = batch(tokens(name), padded("right"))
     with torch.no_grad():
         one_logits = theirs(one, host).logits
@@ -248,6 +273,5 @@ def test_what_is_exported_is_what_transformers_reads(name):
 
 
 def test_there_is_a_case_for_every_family():
-    assert {values["model_type"] for values in families_hf.CONFIGS.values()} == set(
-        families.FAMILIES
-    )
+    every = {**families_hf.CONFIGS, **families_hf.READERS}
+    assert {values["model_type"] for values in every.values()} == set(families.FAMILIES)

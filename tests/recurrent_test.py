@@ -9,7 +9,7 @@ import pytest
 import reference
 import toy
 
-from lm import generate, sharding, train
+from lm import generate, sharding
 from lm.data.tokenizer import ByteTokenizer
 from lm.experiment import Generate
 from lm.nn import recurrent
@@ -92,15 +92,7 @@ def test_a_sample_depends_on_no_neighbour():
 def test_every_mesh_has_the_loss_and_gradient_of_float64(kind):
     for mesh in MESHES[kind]:
         prog = toy.program(*KINDS[kind], *toy.MESHES[mesh])
-        host, state = toy.batch(), toy.start(prog, noise=0.1)
-        params = toy.flat(train.saved(prog, state).params)
-        exact = {k: v.astype(np.float64) for k, v in params.items()}
-        loss, gradient = reference.gradient(prog.experiment, exact, host)
-        run = toy.run(prog, [host], state)
-        assert abs(run.losses[0] / loss - 1) < 1e-6, mesh
-        for path, want in gradient.items():
-            floor = 16 * toy.EPS * np.linalg.norm(want) + 1e-8
-            assert toy.distance(run.gradient[path], want) < floor, (mesh, path)
+        reference.agrees(prog, toy.batch(), loss=1e-6, ulps=16, floor=1e-8)
 
 
 def test_the_recurrent_matrix_has_one_product_a_row():

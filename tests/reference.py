@@ -9,156 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import reference_parts as parts
 import toy
 
-from lm import sharding
+from lm import sharding, train
 from lm.batches import Classification
 from lm.experiment import Experiment
 from lm.models import stack
 from lm.models.encoder import Encoder
-from lm.models.recurrent import Recurrent
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.transformer import Transformer
-from lm.nn.blockwise import Mask, Tokens
-from lm.nn.ffn import Mlp
+from lm.nn.blockwise import Tokens
 from lm.nn.heads import Classes
-from lm.nn.layers import LayerNorm, dropout, dropout_keys
-from lm.nn.moe import Moe, Softmax
-from lm.nn.recurrent import Gru
-from lm.nn.rope import Rope
-
-
-def attention(mask, q, k, v, q_tokens, kv_tokens):
-    """Returns attention [B, T, K, G, H] and log-sum-exp [B, K, G, T] by the T x S formula.
-
-    Computes in the dtype of q; a query that sees no key gives 0.
-    """
-    s = jnp.einsum("btkgh,bskh->bkgts", q, k) * mask.scale
-    if mask.softcap is not None:
-        s = mask.softcap * jnp.tanh(s / mask.softcap)
-    d = q_tokens.positions[:, :, None] - kv_tokens.positions[:, None, :]
-    seen = q_tokens.segments[:, :, None] == kv_tokens.segments[:, None, :]
-    if mask.causal:
-        seen &= d >= 0
-    if mask.window is not None:
-        seen &= abs(d) < mask.window
-    seen = jnp.broadcast_to(seen[:, None, None], s.shape)
-    s = jnp.where(seen, s, -jnp.inf)
-    top = jnp.where(seen.any(-1), s.max(-1), 0)
-    e = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0) - top[..., None]), 0)
-    norm = e.sum(-1)
-    safe = jnp.where(norm > 0, norm, 1)
-    out = jnp.einsum("bkgts,bskh->btkgh", e / safe[..., None], v)
-    return out, jnp.where(norm > 0, top + jnp.log(safe), -jnp.inf)
-
-
-def _norm(p, path, c, x):
-    if isinstance(c, LayerNorm.Config):
-        x = x - x.mean(-1, keepdims=True)
-    y = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.eps) * p[path + "/scale_d"]
-    return y + p.get(path + "/bias_d", 0.0)
-
-
-def _by(p, path, c, x):
-    return _norm(p, path, c, x) if path + "/scale_d" in p else x
-
-
-def _rope(x, positions, base):
-    half = x.shape[-1] // 2
-    angle = positions[..., None] * base ** (-jnp.arange(half) / half)
-    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
-    z = (x[..., :half] + 1j * x[..., half:]) * jnp.exp(1j * angle)
-    return jnp.concatenate([z.real, z.imag], -1)
-
-
-def _mixer(c: Any, p, x, batch):
-    if isinstance(c, Recurrent.Config):
-        return _recurrent(c.mixer, p, x, batch)
-    shift = lambda name: p.get(f"mixer/{name}", 0.0)  # noqa: E731
-    q = jnp.einsum("btd,dnh->btnh", x, p["mixer/query_dnh"]) + shift("query_bias_nh")
-    k = jnp.einsum("btd,dkh->btkh", x, p["mixer/key_dkh"]) + shift("key_bias_kh")
-    v = jnp.einsum("btd,dkh->btkh", x, p["mixer/value_dkh"]) + shift("value_bias_kh")
-    if c.attention.qk_norm:
-        rms = lambda x: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)  # noqa: E731
-        q = rms(q) * p["mixer/query_norm/scale_d"]
-        k = rms(k) * p["mixer/key_norm/scale_d"]
-    if isinstance(c.positions, Rope):
-        q, k = (_rope(a, batch["positions"], c.positions.base) for a in (q, k))
-    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    tokens = Tokens(batch["positions"], batch["segments"])
-    mask = Mask(
-        scale=q.shape[-1] ** -0.5,
-        causal=c.attention.causal,
-        window=c.attention.window,
-        softcap=c.attention.softcap,
-    )
-    y, _ = attention(mask, q, k, v, tokens, tokens)
-    y = y.reshape(*y.shape[:2], c.heads, -1)
-    return jnp.einsum("btnh,nhd->btd", y, p["mixer/out_nhd"]) + shift("out_bias_d")
-
-
-def _recurrent(c: Any, p, x, batch):
-    """A state for each row, token by token; PyTorch's equations."""
-    p = {k.removeprefix("mixer/"): v for k, v in p.items() if k.startswith("mixer/")}
-    gates, bias = p["recurrent_ghk"], p["bias_ph"]
-    h = cell = jnp.zeros((len(x), gates.shape[1]))
-    ys, sigma = [], jax.nn.sigmoid
-    for t in range(x.shape[1]):
-        new = batch["segments"][:, t] != batch["segments"][:, max(t - 1, 0)]
-        h, cell = (jnp.where(new[:, None], 0.0, s) for s in (h, cell))
-        a = jnp.einsum("bd,gdh->gbh", x[:, t], p["input_gdh"])
-        u = jnp.einsum("bh,ghk->gbk", h, gates)
-        if isinstance(c, Gru.Config):
-            r, z = (sigma(a[n] + u[n] + bias[n]) for n in range(2))
-            n = jnp.tanh(a[2] + bias[3] + r * (u[2] + bias[2]))
-            h = (1 - z) * n + z * h
-        else:
-            i, f, g, o = a + u + bias[:, None]
-            cell = sigma(f + c.forget) * cell + sigma(i) * jnp.tanh(g)
-            h = sigma(o) * jnp.tanh(cell)
-        ys.append(h)
-    return jnp.stack(ys, 1) @ p["out_hd"]
-
-
-def _mlp(c: Mlp.Config, p, x):
-    up = x @ p["up_df"] + p.get("up_bias_f", 0.0)
-    if c.activation == "gelu":
-        h = jax.nn.gelu(up)
-    else:
-        gate = x @ p["gate_df"] + p.get("gate_bias_f", 0.0)
-        act = jax.nn.silu if c.activation == "swiglu" else jax.nn.gelu
-        h = act(gate) * up
-    return h @ p["down_fd"] + p.get("down_bias_d", 0.0)
-
-
-def _moe(c: Any, p, x, batch):
-    """Returns y, and of the layer: losses [B], load [E], margin of the choice.
-
-    Every expert on every token, SwiGLU; a choice counts if fewer than a buffer's slots of earlier
-    tokens of the row are the same.
-    """
-    real, logits = batch["segments"] > 0, x @ p["router_de"]
-    soft = isinstance(c.gate, Softmax)
-    score = jax.nn.softmax(logits) if soft else jax.nn.sigmoid(logits)
-    ranked = score + p.get("balance_e", 0.0)
-    best = jnp.sort(ranked, -1)[..., ::-1]
-    chosen = (ranked >= best[..., c.top_k - 1 : c.top_k]) & real[..., None]
-    margin = jnp.where(real, best[..., c.top_k - 1] - best[..., c.top_k], 1).min()
-    room = c.room(x.shape[1]) or x.shape[1]
-    kept = chosen & (jnp.cumsum(chosen, 1) <= room)
-    total = (score * chosen).sum(-1, keepdims=True)
-    gates = score * kept / jnp.where(real[..., None], total, 1)
-    h = jax.nn.silu(jnp.einsum("btd,edf->btef", x, p["gate_edf"]))
-    h = h * jnp.einsum("btd,edf->btef", x, p["up_edf"])
-    y = jnp.einsum("btef,efd,bte->btd", h, p["down_efd"], gates)
-    if c.shared:
-        shared = {k[7:]: v for k, v in p.items() if k.startswith("shared/")}
-        y = y + _mlp(Mlp.Config(), shared, x)
-    n = jnp.maximum(real.sum(1), 1)
-    share = (score / score.sum(-1, keepdims=True) * real[..., None]).sum(1)
-    even = c.experts * (chosen.sum(1) * share).sum(-1) / (c.top_k * n * n)
-    z = (jax.nn.logsumexp(logits, -1) ** 2 * real).sum(1) / n
-    aux = (c.balance * even + c.z_loss * z, chosen.sum((0, 1)), margin)
-    return y, aux
+from lm.nn.layers import LayerNorm, Sinusoidal, dropout, dropout_keys
+from lm.nn.moe import Moe
 
 
 def _place(c: Transformer.Config, i: int) -> tuple[str, int]:
@@ -172,13 +36,16 @@ def _place(c: Transformer.Config, i: int) -> tuple[str, int]:
 def _logits(c: Transformer.Config, p, batch, masks):
     """Returns the hidden states [B, T, D], the logits [B, T, true vocabulary], and of each layer
     with experts its losses, load and margin."""
-    masks = masks or [1.0] * (2 * c.layers + 1)
+    if isinstance(c, EncoderDecoder.Config):
+        return _written(c, p, batch, masks)
+    tokens = Tokens(batch["positions"], batch["segments"])
     x = p["embed_vd"][batch["tokens"]]
     if "position_pd" in p:
         x = x + p["position_pd"][batch["positions"]]
     if isinstance(c, Encoder.Config):
-        x = _norm(p, "norm", c.norm, x + p["type_cd"][0])
-    x, routed = x * masks[-1], []
+        x = parts.norm(p, "norm", c.norm, x + p["type_cd"][0])
+    keep = _keep(masks, "tokens")
+    x, routed = x * keep(2), []
     for i in range(c.layers):
         prefix, entry = _place(c, i)
         layer = {
@@ -186,27 +53,101 @@ def _logits(c: Transformer.Config, p, batch, masks):
             for k, v in p.items()
             if k.startswith(prefix)
         }
-        h = _by(layer, "norm1", c.norm, x)
-        y = _by(layer, "after1", c.norm, _mixer(c, layer, h, batch))
-        x = _by(layer, "sum1", c.norm, x + y * masks[2 * i])
+        mixer = lambda h, w=layer: parts.mixer(c, w, h, tokens)  # noqa: E731
+        x = _part(c, layer, 1, x, mixer, keep(4 * i))
         if c.ffn is None:
             continue
-        h = _by(layer, "norm2", c.norm, x)
         ffn = {k[4:]: v for k, v in layer.items() if k.startswith("ffn/")}
-        if "router_de" in ffn:
-            y, aux = _moe(c.ffn, ffn, h, batch)
+
+        def forward(h, ffn=ffn):
+            if "router_de" not in ffn:
+                dense = c.ffn.dense if isinstance(c.ffn, Moe.Config) else c.ffn
+                return parts.mlp(dense, ffn, h)
+            y, aux = parts.moe(c.ffn, ffn, h, batch)
             routed.append(aux)
-        else:
-            y = _mlp(c.ffn.dense if isinstance(c.ffn, Moe.Config) else c.ffn, ffn, h)
-        x = x + _by(layer, "after2", c.norm, y) * masks[2 * i + 1]
-        x = _by(layer, "sum2", c.norm, x)
+            return y
+
+        x = _part(c, layer, 2, x, forward, keep(4 * i + 1))
     if isinstance(c, Encoder.Config):
         return _ended(c, p, x, batch)
-    x = _norm(p, "norm", c.norm, x)
+    return *_head(c, p, parts.norm(p, "norm", c.norm, x)), routed
+
+
+def _keep(masks, name):
+    return lambda site: masks[name][site] if masks else 1.0
+
+
+def _part(c, p, number, x, f, keep):
+    """One part of a layer and its norms, around the stream."""
+    y = f(parts.by(p, f"norm{number}", c.norm, x))
+    x = x + parts.by(p, f"after{number}", c.norm, y) * keep
+    return parts.by(p, f"sum{number}", c.norm, x)
+
+
+def _head(c, p, x):
     z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
     if c.head_softcap is not None:
         z = c.head_softcap * jnp.tanh(z / c.head_softcap)
-    return x, z, routed
+    return x, z
+
+
+def _written(c: EncoderDecoder.Config, p, batch, masks):
+    """The same of an encoder and a decoder: hidden states and logits of what is written."""
+    read = Tokens(batch["input_positions"], batch["input_segments"])
+    tokens = Tokens(batch["positions"], batch["segments"])
+    L, source, x = c.layers, batch["inputs"], batch["tokens"]
+    if c.start is not None:
+        x = jnp.where(batch["positions"] == 0, c.start, x)
+    source, x = (
+        _waves(c, p["embed_vd"][ids] * c.embed_scale, at) * _keep(masks, name)(site)
+        for name, ids, at, site in (
+            ("inputs", source, read.positions, 4 * L + 2),
+            ("tokens", x, tokens.positions, 2),
+        )
+    )
+
+    def layer(prefix, i):
+        return {
+            k.removeprefix(prefix): v[i] for k, v in p.items() if k.startswith(prefix)
+        }
+
+    def mixed(w, h, at, causal, table):
+        bias = parts.distances(c, p.get(table), at, causal)
+        return parts.heads(c, w, "mixer", h, h, at, at, causal, bias)
+
+    def ffn(w, h):
+        return parts.mlp(
+            c.ffn, {k[4:]: v for k, v in w.items() if k.startswith("ffn/")}, h
+        )
+
+    keep, table = _keep(masks, "inputs"), "encoder_distance_nb"
+    for i in range(c.encoder_layers):
+        w, site = layer("encoder/", i), 4 * (L + i)
+        mixer = lambda h, w=w: mixed(w, h, read, False, table)  # noqa: E731
+        source = _part(c, w, 1, source, mixer, keep(site))
+        source = _part(c, w, 2, source, lambda h, w=w: ffn(w, h), keep(site + 1))
+    source, keep = parts.by(p, "encoder_norm", c.norm, source), _keep(masks, "tokens")
+    for i in range(L):
+        w = layer("layers/", i)
+        mixer = lambda h, w=w: mixed(w, h, tokens, True, "distance_nb")  # noqa: E731
+        x = _part(c, w, 1, x, mixer, keep(4 * i))
+        cross = lambda h, w=w: parts.heads(  # noqa: E731
+            c, w, "cross", h, source, tokens, read, False
+        )
+        x = _part(c, w, 3, x, cross, keep(4 * i + 3))
+        x = _part(c, w, 2, x, lambda h, w=w: ffn(w, h), keep(4 * i + 1))
+    return *_head(c, p, parts.by(p, "norm", c.norm, x) * c.head_scale), []
+
+
+def _waves(c: EncoderDecoder.Config, x, positions):
+    """Adds sines and cosines of the positions (Vaswani et al. 2017, section 3.5)."""
+    if not isinstance(c.positions, Sinusoidal):
+        return x
+    D = x.shape[-1]
+    for i in range(D):
+        angle = positions / c.positions.base ** (2 * (i // 2) / D)
+        x = x.at[:, :, i].add(jnp.cos(angle) if i % 2 else jnp.sin(angle))
+    return x
 
 
 def _ended(c: Encoder.Config, p, x, batch):
@@ -219,7 +160,7 @@ def _ended(c: Encoder.Config, p, x, batch):
         h = jnp.tanh(mean @ p["end/dense_de"] + p["end/dense_bias_e"])
         return x, h @ p["end/class_dc"] + p["end/class_bias_c"], []
     h = jax.nn.gelu(x @ p["end/dense_de"] + p["end/dense_bias_e"])
-    h = _norm(p, "end/after", LayerNorm.Config(eps=c.head.eps), h)
+    h = parts.norm(p, "end/after", LayerNorm.Config(eps=c.head.eps), h)
     z = h @ p["embed_vd"][: c.vocab_size].T + p["end/bias_v"][: c.vocab_size]
     return h, z, []
 
@@ -269,6 +210,29 @@ def logits(chosen: Experiment, params: dict, host: dict) -> Any:
         return np.asarray(x), np.asarray(z)
 
 
+def agrees(prog: train.Program, host: dict, *, loss: float, ulps: int, floor: float):
+    """Checks a step's loss and every gradient against these, from parameters around 0.1.
+
+    Args:
+        prog: on its mesh, under SGD.
+        host: the batch.
+        loss: relative error that the loss may have.
+        ulps: and a gradient, in roundings of its norm.
+        floor: added to these, where a gradient is 0 by its formula.
+    """
+    state = toy.start(prog, noise=0.1)
+    params = toy.flat(train.saved(prog, state).params)
+    exact = {k: v.astype(np.float64) for k, v in params.items()}
+    want, grads = gradient(prog.experiment, exact, host)
+    run = toy.run(prog, [host], state)
+    assert abs(run.losses[0] / want - 1) < loss, prog.layout.mesh
+    assert run.gradient.keys() == grads.keys()
+    for path, exactly in grads.items():
+        most = ulps * toy.EPS * np.linalg.norm(exactly) + floor
+        error = toy.distance(run.gradient[path], exactly)
+        assert error < most, (prog.layout.mesh, path)
+
+
 def routing(chosen: Experiment, params: dict, host: dict, step: int) -> Any:
     """Returns the load [S, E] of the layers with experts, and the smallest margin of a choice."""
     masks = dropout_masks(chosen, host, step)
@@ -279,15 +243,24 @@ def routing(chosen: Experiment, params: dict, host: dict, step: int) -> Any:
         return np.stack([np.asarray(x) for x in loads]), min(map(float, margins))
 
 
-def dropout_masks(chosen: Experiment, host: dict, step: int) -> list[np.ndarray] | None:
-    """Returns what each site multiplies by, [B, T, D]: two a layer, the embedding last."""
+def dropout_masks(chosen: Experiment, host: dict, step: int) -> dict | None:
+    """Returns what each site multiplies by, [B, T, D], of the rows that are read and written."""
     c = chosen.model
     if not c.dropout:
         return None
+    sites = {"tokens": [4 * i + j for i in range(c.layers) for j in (0, 1, 3)] + [2]}
+    if isinstance(c, EncoderDecoder.Config):
+        first, end = 4 * c.layers, 4 * (c.layers + c.encoder_layers)
+        sites["inputs"] = [*range(first, end, 4), *range(first + 1, end, 4), first + 2]
+
+    def kept(name, site):
+        ones = jnp.ones((*host[name].shape, c.dim))
+        index = jnp.asarray(host["index"])
+        keys = dropout_keys(chosen.train.seed, jnp.int32(step), index, ones.shape[1])
+        return np.asarray(dropout(ones, c.dropout, keys, site))
+
     with sharding.use(toy.layout(toy.BASE.mesh)):
-        keys = dropout_keys(
-            chosen.train.seed, jnp.int32(step), jnp.asarray(host["index"]), toy.LENGTH
-        )
-        ones = jnp.ones((*host["tokens"].shape, c.dim))
-        sites = [4 * i + j for i in range(c.layers) for j in (0, 1)] + [2]
-        return [np.asarray(dropout(ones, c.dropout, keys, site)) for site in sites]
+        return {
+            name: {site: kept(name, site) for site in some}
+            for name, some in sites.items()
+        }

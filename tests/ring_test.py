@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
+import reference_parts
 import toy
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -66,7 +66,7 @@ def outputs_and_gradients(f, q, k, v, g, g_lse, *ids):
 def formula(name, packed=True):
     mask = Mask(scale=H**-0.5, **MASKS[name])
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        f = lambda q, k, v, t: reference.attention(mask, q, k, v, t, t)  # noqa: E731
+        f = lambda q, k, v, t: reference_parts.attention(mask, q, k, v, t, t)  # noqa: E731
         wide = [x.astype(np.float64) for x in arrays()]
         run = jax.jit(functools.partial(outputs_and_gradients, f))
         return [np.asarray(x) for x in run(*wide, *ids(packed))]

@@ -152,6 +152,15 @@ def batch(seed: int = 0, rows: int = ROWS, length: int = LENGTH) -> dict[str, An
     }
 
 
+def pairs(seed: int = 0, rows: int = ROWS, length: int = 12) -> dict[str, Any]:
+    """Returns rows of `length` tokens that are written for rows of LENGTH that are read: up to
+    three pairs in each, and some that have nothing on one side."""
+    read, host = batch(seed + 1, rows), batch(seed, rows, length)
+    names = {"inputs": "tokens", "input_segments": "segments"}
+    names |= {"input_positions": "positions"}
+    return {**host, **{name: read[of] for name, of in names.items()}}
+
+
 def restart(segments: np.ndarray) -> np.ndarray:
     """Returns positions [B, T] that count from 0 in each run of equal segments."""
     new = np.diff(segments, axis=1, prepend=-1) != 0

@@ -3,11 +3,20 @@
 from typing import Any
 
 from lm.config import ConfigError, diff, nearest
-from lm.convert import deepseek, gemma, gpt2, gpt_oss, llama, mixtral, qwen, qwen_moe
-from lm.convert.family import Family, essence
+from lm.convert import (
+    deepseek,
+    gemma,
+    gpt2,
+    gpt_oss,
+    llama,
+    mixtral,
+    qwen,
+    qwen_moe,
+    t5,
+)
+from lm.convert.family import Family, Model, essence
 from lm.convert.fields import Fields
 from lm.models import kinds
-from lm.models.transformer import Transformer
 
 FAMILIES = {
     family.model_type: family
@@ -26,13 +35,12 @@ FAMILIES = {
         deepseek.V3,
         gemma.GEMMA2,
         gemma.GEMMA3,
+        t5.T5,
     )
 }
 
 
-def read(
-    data: dict[str, Any], where: str = "config.json"
-) -> tuple[Family, Transformer.Config]:
+def read(data: dict[str, Any], where: str = "config.json") -> tuple[Family, Model]:
     """Returns the family and the model that a config.json describes.
 
     Raises:
@@ -70,7 +78,13 @@ def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
         try:
             data = {"model_type": family.model_type, **family.write(decoder)}
             _, found = read(data, family.model_type)
-        except (AssertionError, ConfigError, KeyError, StopIteration):
+        except (
+            AssertionError,
+            AttributeError,  # of another kind of model
+            ConfigError,
+            KeyError,
+            StopIteration,
+        ):
             continue
         missing = diff(essence(found), wanted)
         if not missing:

@@ -30,7 +30,7 @@ HARMLESS = frozenset(
 # Dropout while training: the experiment's to choose (model.dropout), not the weights'.
 DROPOUT = (
     *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"),
-    *("resid_dropout", "residual_dropout"),
+    *("resid_dropout", "residual_dropout", "dropout_rate"),
 )
 
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from lm import trees
 from lm.config import ConfigError, nearest
-from lm.convert.family import Family, Table
+from lm.convert.family import Family, Model, Table
 from lm.convert.files import Source
 from lm.convert.steps import Row
 from lm.models import stack
-from lm.models.transformer import Transformer
+from lm.models.encoder_decoder import ENCODER, EncoderDecoder
 from lm.program import STACK, Params, Program
 
 
@@ -33,16 +33,19 @@ class Place:
     entry: int | None  # of a stacked parameter; None: it is not stacked
 
 
-def places(model: Transformer.Config, table: Table) -> list[Place]:
+def places(model: Model, table: Table) -> list[Place]:
     """Returns every row of the table with its place in plain parameters (of layers, in order)."""
     found = [Place(r, r.ours, None) for r in table.whole]
-    for block, layers in stack.entries(model.blocks).items():
-        at = f"{STACK}/{block}/" if block else f"{STACK}/"
-        for entry, layer in enumerate(layers):
-            found += [
-                Place(r, tuple(at + p for p in r.ours), entry)
-                for r in table.layers[layer]
-            ]
+    stacks = [(STACK, model.blocks, table.layers)]
+    if isinstance(model, EncoderDecoder.Config):
+        stacks.append((ENCODER, model.encoder_blocks, table.encoder))
+    for name, blocks, rows in stacks:
+        for block, layers in stack.entries(blocks).items():
+            at = f"{name}/{block}/" if block else f"{name}/"
+            for entry, layer in enumerate(layers):
+                found += [
+                    Place(r, tuple(at + p for p in r.ours), entry) for r in rows[layer]
+                ]
     return found
 
 
@@ -71,7 +74,7 @@ def check(
     unknown = [
         n for n in left if not any(fnmatch.fnmatch(n, b) for b in family.buffers)
     ]
-    unknown = [n for n in unknown if n != table.head]
+    unknown = [n for n in unknown if n not in table.copies]
     if unknown:
         more = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
         raise ConfigError(

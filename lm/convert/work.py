@@ -19,16 +19,18 @@ import jax.numpy as jnp
 from etils import epath
 
 from lm import checkpoint, config, sharding, train
+from lm.batches import Causal, Seq2Seq
 from lm.config import ConfigError
 from lm.convert import families, files, weights
 from lm.convert.family import Family, essence
+from lm.convert.family import Model as Known
 from lm.data import pretrained
 from lm.data import tokenizer as tokenizers
 from lm.data.loader import Data
 from lm.data.pretrained import HuggingFace
 from lm.data.tokenizer import SentencePiece
 from lm.experiment import Experiment, Train
-from lm.models.transformer import Transformer
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.optim import Optim
 
 ORIGIN, TOKENIZER = "origin", "tokenizer"
@@ -41,7 +43,7 @@ class Model:
 
     config: dict[str, Any]  # its config.json
     family: Family
-    model: Transformer.Config
+    model: Known
     tokenizer: dict[str, bytes]  # files
     tensors: Callable[[], files.Source]
 
@@ -94,6 +96,9 @@ def experiment(path: str, workdir: str) -> Experiment:
         )
     length = int(found.config.get("max_position_embeddings") or LONGEST)
     length = int(found.config.get("n_positions") or length)
+    two: Any = {}
+    if isinstance(found.model, EncoderDecoder.Config):
+        two = {"packing": "documents", "isolate": True}
     return Experiment(
         name=name,
         about=f"{found.family.architecture}, imported",
@@ -102,7 +107,9 @@ def experiment(path: str, workdir: str) -> Experiment:
             source=("tfds:lm_text/shakespeare",),
             length=min(length, LONGEST),
             tokenizer=coder,
+            **two,
         ),
+        objective=Seq2Seq() if two else Causal(),
         optim=Optim(learning_rate=2e-5),
         train=Train(batch_size=8),
     )
@@ -134,8 +141,9 @@ def bring_in(
     vocab = experiment.model.vocab_size
     shapes = {path: x.shape for path, x in prog.shapes.items()}
     left = weights.check(found.family, table, source, shapes, every, vocab)
-    if table.head in left and experiment.model.tied:
-        _same_head(source, table)
+    for name in table.copies:
+        if name in left:
+            _same(source, name, table.embedding)
     say(_summary(found, source, prog, left))
 
     coder = _coder(found, experiment)
@@ -198,12 +206,11 @@ def _named(found: Model, names: list[str]) -> files.Source:
     return source
 
 
-def _same_head(source: files.Source, table: Any) -> None:
-    """Checks that a tied model's head, where a file has one, is its embedding."""
-    embedding = next(r.theirs for r in table.whole if r.ours == ("embed_vd",))
-    if not (source.tensor(table.head) == source.tensor(embedding)).all():
+def _same(source: files.Source, name: str, embedding: str) -> None:
+    """Checks that what is the embedding once more has its values."""
+    if not (source.tensor(name) == source.tensor(embedding)).all():
         raise ConfigError(
-            f"{table.head} is not {embedding}, but config.json has tie_word_embeddings=true"
+            f"{name} is not {embedding}, but config.json has tie_word_embeddings=true"
         )
 
 
@@ -252,16 +259,14 @@ def send_out(
         dtypes = {family.prefix + name: dtype for name, dtype in dtypes.items()}
     usual = Counter(dtypes.values()).most_common(1)[0][0] if dtypes else "float32"
     sizes = weights.sizes(prog, every, dtypes, usual)
-    head = table.head if model.tied and table.head in dtypes else ""
-    embedding = next(r.theirs for r in table.whole if r.ours == ("embed_vd",))
-    if head:
-        sizes[head] = sizes[embedding]
+    copies = [name for name in table.copies if name in dtypes and name not in names]
+    sizes |= dict.fromkeys(copies, sizes[table.embedding])
     cut = len(family.prefix) if bare else 0
     writer = files.Writer(place, {n[cut:]: size for n, size in sizes.items()})
     for name, array in weights.write(params, every, model.vocab_size, dtypes, usual):
         writer.add(name[cut:], array)
-        if head and name == embedding:
-            writer.add(head[cut:], array.astype(jnp.dtype(dtypes[head])))
+        for copy in copies if name == table.embedding else ():
+            writer.add(copy[cut:], array.astype(jnp.dtype(dtypes[copy])))
     writer.close()
     _write_json(place / "config.json", {"architectures": [family.architecture], **data,
                                         "dtype": usual})  # fmt: skip
@@ -298,4 +303,6 @@ def _described(
     family, data = families.write(experiment.model)
     marks = {"bos_token_id": coder.eot, "eos_token_id": (*coder.ends, coder.eot)[0]}
     length = experiment.data.length
+    if data.get("decoder_start_token_id", 0) is None:
+        data["decoder_start_token_id"] = coder.eot  # as rows have it
     return family, {"max_position_embeddings": length, **marks, **data}, {}

@@ -21,6 +21,7 @@ CHAT = "chat_template.jinja"
 BESIDE = (  # kept with it, so that an export has them again
     *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *(CHAT, "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    "spiece.model",
 )
 
 
