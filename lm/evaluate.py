@@ -40,7 +40,7 @@ def _data(experiment: Experiment, chosen: EvalSet) -> loader.Data:
     )
 
 
-def evaluate(
+def of_set(
     prog: Program,
     step: Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]],
     params: Params,

@@ -181,7 +181,7 @@ class Scores:
         weights = train.evaluated(self._prog, state)
         for one in chosen.sets:
             self._terminal.status(f"evaluating {one.name}")
-            values = evaluate.evaluate(
+            values = evaluate.of_set(
                 *(self._prog, self._step, weights, self._stores[one.name], one),
                 *(self._coder, self._workdir, self._terminal.print),
             )

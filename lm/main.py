@@ -291,7 +291,7 @@ def _eval(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     parts = evaluate.stores(experiment, coder)
     for chosen in experiment.eval.sets:
         some = parts[chosen.name]
-        values = evaluate.evaluate(
+        values = evaluate.of_set(
             *(prog, eval_step, params, some, chosen, coder, workdir),
             _say if jax.process_index() == 0 else _silent,
         )

@@ -9,7 +9,7 @@ import pytest
 import runs
 import toy
 
-from lm import config, evaluate
+from lm import batches, config, evaluate, generate
 
 DOCUMENTS = 13  # which no batch of these tests divides
 PAIRS = [
@@ -51,6 +51,30 @@ def test_every_document_is_asked_once_on_any_mesh(source, beams):
     assert scores["texts"] == DOCUMENTS and len({r["text"] for r in rows}) > 5
     again = written(source, beams, "mesh.data=4", "mesh.fsdp=2", "eval.batch_size=8")
     assert again == (scores, rows)
+
+
+@pytest.mark.parametrize("objective", ["Sft", "Seq2Seq"])
+def test_documents_are_asked_as_prompts_are(source, objective):
+    """A source that is cut ends where rows cut it, but for its mark."""
+    model = [] if objective == "Sft" else ["model=EncoderDecoder"]
+    base = config.override(sampling.tiny(), [source, "data.packing=documents"])
+    sets = [
+        f"objective={objective}",
+        *model,
+        "eval.sets.0.split=train",
+        "data.holdout=0",
+    ]
+    chosen = config.override(base, sets)
+    (((part,),)) = evaluate.stores(chosen, sampling.CODER).values()
+    found = batches.asked(chosen.objective, chosen.data, part, sampling.CODER)
+    prompts = generate.encode(sampling.CODER, [p["asked"] for p in PAIRS], 48)
+    for (ids, wanted), prompt, pair in zip(found, prompts, PAIRS, strict=True):
+        np.testing.assert_array_equal(ids, prompt)
+        assert sampling.CODER.decode(wanted) == pair["answer"]
+    if objective == "Seq2Seq":
+        cut = config.override(chosen, ["data.length=4", "objective.long=cut"])
+        found = batches.asked(cut.objective, cut.data, part, sampling.CODER)
+        assert [len(ids) for ids, _ in found] == [min(4, len(p)) for p in prompts]
 
 
 def test_some_documents_are_drawn_once_and_for_all(source):
