@@ -47,7 +47,8 @@ def made(name):
     chosen._attn_implementation = "eager"
     model = kind_of(values).from_config(chosen)
     if values.get("tie_word_embeddings") is False and name in families_hf.READERS:
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        head = 0.1 * model.lm_head.weight.detach()  # it is made for logits around 10
+        model.lm_head.weight = torch.nn.Parameter(head)
     model = model.to(torch.float32).eval()
     everything = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():

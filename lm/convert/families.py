@@ -73,18 +73,13 @@ def write(model: kinds.Config) -> tuple[Family, dict[str, Any]]:
         ConfigError: there is none; the one that misses least is named.
     """
     wanted, misses = essence(model), []
-    decoder: Any = model
     for family in FAMILIES.values():
+        if family.model is not type(model):
+            continue
         try:
-            data = {"model_type": family.model_type, **family.write(decoder)}
+            data = {"model_type": family.model_type, **family.write(model)}
             _, found = read(data, family.model_type)
-        except (
-            AssertionError,
-            AttributeError,  # of another kind of model
-            ConfigError,
-            KeyError,
-            StopIteration,
-        ):
+        except (AssertionError, ConfigError, KeyError, StopIteration):
             continue
         missing = diff(essence(found), wanted)
         if not missing:

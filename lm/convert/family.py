@@ -55,6 +55,7 @@ class Family:
     table: Callable[[Any], Table]
     buffers: tuple[str, ...] = ()  # patterns of tensors that are no weights
     prefix: str = "model."  # which files of a bare base model leave out
+    model: Any = Transformer.Config  # the kind of model that it is
 
 
 def essence(model: kinds.Config) -> Model:

@@ -142,4 +142,5 @@ T5 = Family(
     # Of cross-attention there are no distances; the first files have a table that nobody reads.
     buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     prefix="",
+    model=EncoderDecoder.Config,
 )
