@@ -11,7 +11,8 @@ import pytest
 import reference
 import toy
 
-from lm import experiment, optim, sharding, train, trees
+from lm import batches, experiment, optim, sharding, train, trees
+from lm.models.encoder_decoder import EncoderDecoder
 
 DROPOUT = "model.dropout=0.1"
 
@@ -311,14 +312,18 @@ def test_every_experiment_fits_its_production_mesh(name):
         )
         state = train.abstract_state(prog)
         B, T = chosen.train.batch_size, chosen.data.length
+        U = batches.written(chosen.objective, chosen.data)
         ids = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32)
-        shapes = {k: ((B, T), d) for k, d in ids.items()} | {
-            "weights": ((B, T), jnp.float32),
+        shapes = {k: ((B, U), d) for k, d in ids.items()} | {
+            "weights": ((B, U), jnp.float32),
             "bytes": ((B,), jnp.int32),
             "index": ((B,), jnp.uint32),
         }
         if getattr(chosen.objective, "labels", ()):  # a row has one target
             shapes |= {"targets": ((B,), jnp.int32), "weights": ((B,), jnp.float32)}
+        if isinstance(chosen.model, EncoderDecoder.Config):
+            names = ("inputs", "input_segments", "input_positions")
+            shapes |= dict.fromkeys(names, ((B, T), jnp.int32))
         batch_spec = prog.batch_sharding().spec
         batch = {
             k: jax.ShapeDtypeStruct(
