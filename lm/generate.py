@@ -387,9 +387,14 @@ def _decode(coder: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
     """Returns the text of the new ids before eot.
 
     It is what they add to the prompt's text: on their own, a first space could be taken
-    for the one that some tokenizers put in front.
+    for the one that some tokenizers put in front. Ids that it lacks (sentinels) are numbers.
     """
     ends = np.flatnonzero(np.isin(new, (coder.eot, *coder.ends)))
     new = new[: ends[0]] if len(ends) else new
     before = coder.decode(prompt)
-    return coder.decode(np.concatenate([prompt, new]))[len(before) :]
+
+    def plain(ids: np.ndarray) -> str:
+        return coder.decode(np.concatenate([prompt, ids]))[len(before) :]
+
+    first, *others = np.split(new, np.flatnonzero(new >= len(coder.pieces)))
+    return plain(first) + "".join([f"<{ids[0]}>{plain(ids[1:])}" for ids in others])

@@ -158,6 +158,12 @@ def test_a_sample_depends_on_no_neighbour_and_no_mesh():
     )
 
 
+def test_sentinels_are_shown_by_their_numbers():
+    text = np.array([258, 104, 105, 257, 97, 256, 99])
+    start = np.array([ByteTokenizer.eot])
+    assert generate._decode(ByteTokenizer(), start, text) == "<258>hi<257>a"
+
+
 def test_buckets_are_those_of_the_paper():
     """Half of a direction's are of one distance; the last begins at most at `distance`."""
     c = Relative(buckets=32, distance=128)
