@@ -285,7 +285,7 @@ def _capability(layout: sharding.Layout) -> float:
     return float(getattr(layout.mesh.devices.flat[0], "compute_capability", 0))
 
 
-def _cudnn(mask, q, k, v):
+def _cudnn(mask: Mask, q: Any, k: Any, v: Any) -> Any:
     if isinstance(sharding.current().mesh, AbstractMesh):
         return _in_name(mask.causal, q, k, v)
     window = None if mask.window is None else (mask.window - 1, 0)
@@ -311,8 +311,8 @@ def _in_name(causal: bool, q: Any, k: Any, v: Any) -> Any:
 
 
 def _in_name_forward(causal: bool, q: Any, k: Any, v: Any) -> Any:
-    out, lse = _in_name(causal, q, k, v)
-    return (out, lse), (q, k, v, out, lse)
+    made: Any = _in_name(causal, q, k, v)
+    return made, (q, k, v, *made)
 
 
 def _in_name_backward(causal: bool, kept: Any, grads: Any) -> Any:
