@@ -1,6 +1,5 @@
 """What a layer costs by its trace is what XLA counts, and what is written down for attention."""
 
-
 import jax
 import jax.numpy as jnp
 import pytest

@@ -1,15 +1,14 @@
 """What a plan says of memory is what compilers say: of state exactly, of a step within 10 %."""
 
-import dataclasses
 import math
 
 import jax
 import pytest
 import toy
 
-from lm import config, sharding, train
+from lm import train
 from lm.experiment import load, names
-from lm.plan import layer, memory, target
+from lm.plan import memory, target
 from lm.program import program
 
 
