@@ -31,6 +31,7 @@ from lm.plan import target as targets
 from lm.plan.target import Target
 from lm.program import Program, program
 
+CHILD = ("-m", "lm.plan.compiling")  # arguments of Python
 FOLDER = "compiled"  # within the cache
 WAIT = 0.5  # seconds between looks at the child
 FULL = "RESOURCE_EXHAUSTED"  # what compilers say of a program too large
@@ -86,7 +87,7 @@ def _child(
         tempfile.TemporaryFile("w+") as out,
         tempfile.TemporaryFile("w+") as err,
         subprocess.Popen(
-            [sys.executable, "-m", "lm.plan.compiling"],
+            [sys.executable, *CHILD],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=err,
@@ -151,12 +152,19 @@ def here(experiment: Experiment, target: Target) -> report.Compiled:
         if FULL not in str(error):
             raise
         return refused(str(error), held((state, batch)), time.monotonic() - began)
+    seconds = time.monotonic() - began
     memory = done.memory_analysis()
+    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
+    if target.chip.platform == "tpu":
+        # What a TPU counts as temporary is in the chip's own small memories too.
+        peak = memory.peak_memory_in_bytes
+        temporaries = max(0, peak - memory.argument_size_in_bytes - output)
     return report.Compiled(
-        seconds=time.monotonic() - began,
+        seconds=seconds,
         arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        output=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=temporaries,
+        output=output,
         sent=_sent(done.as_text(), prog),
         refusal="",
     )
@@ -168,17 +176,21 @@ def held(tree: Any) -> int:
 
 
 def refused(message: str, arguments: int, seconds: float) -> report.Compiled:
-    """Returns what a compiler says that ran out of memory: "Used 20.5G of 15.75G hbm"."""
+    """Returns what a compiler says that ran out of memory.
+
+    Before it has tried all: "temporaries (49.29G) exceeds available HBM (15.75G)", and after that:
+    "Used 20.54G of 15.75G hbm".
+    """
     said = " ".join(message.split())
-    numbers = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (\w+)", said)
-    if numbers is None:
-        used, why = 0, said[:300]
-    else:
+    number = r"([\d.]+)([KMGT]?)"
+    early = re.search(rf"temporaries \({number}\) exceeds [\w ]*\({number}\)", said)
+    late = re.search(rf"Used {number} of {number}", said)
+    used, why = arguments, said[:300]
+    if numbers := early or late:
         used, there = (_bytes(*numbers.group(i, i + 1)) for i in (1, 3))
-        why = (
-            f"the compiler needs {used / 1e9:.2f} GB of {numbers[5]}, and a device has "
-            f"{there / 1e9:.2f} GB"
-        )
+        used += arguments if early else 0
+        what = "state and temporaries need" if early else "the step needs"
+        why = f"{what} {used / 1e9:.2f} GB, and a device has {there / 1e9:.2f} GB"
     return report.Compiled(
         seconds=seconds,
         arguments=arguments,

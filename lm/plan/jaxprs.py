@@ -14,13 +14,14 @@ from jax.extend import core
 from jax.sharding import AxisType
 
 from lm.nn import attend
-from lm.plan import local
+from lm.plan import kernels, local
+from lm.plan.kernels import Buffer, Kernel, Total
 
 # Another view of the same bytes.
 VIEWS = {
     *("reshape", "squeeze", "expand_dims", "transpose", "copy", "copy_p", "name"),
     *("optimization_barrier", "stop_gradient", "pvary", "mesh_cast", "rev"),
-    *("random_wrap", "random_unwrap", "reduce_precision", "bitcast_convert_type"),
+    *("random_wrap", "random_unwrap", "bitcast_convert_type", "broadcast_in_dim"),
 }
 # What is read is no more than what comes out.
 PARTS = {"slice", "dynamic_slice", "gather", "split"}
@@ -64,26 +65,6 @@ class Unsaid:
     late: bool = False  # gradients of weights are formed when a layer's own is done
 
 
-@dataclasses.dataclass(frozen=True)
-class Total:
-    """Of one run of a program on one device."""
-
-    flops: float  # of products; a multiply-add is two
-    traffic: float  # bytes read from and written to its memory
-    peak: int  # bytes that it holds at once beside its arguments
-    gathered: int  # of these, what collectives make
-    loops: tuple["Total", ...] = ()  # of one turn of each scan
-
-
-class _Buffer:
-    """An array in memory."""
-
-    __slots__ = ("held", "moved", "size")
-
-    def __init__(self, size: int, held: bool = False, moved: bool = False):
-        self.size, self.held, self.moved = size, held, moved
-
-
 class _Value:
     """An array that may not be in memory: then what is read to make it."""
 
@@ -92,27 +73,15 @@ class _Value:
     def __init__(
         self,
         size: int,
-        buffer: _Buffer | None = None,
-        reads: Mapping[_Buffer, int] | None = None,
+        buffer: Buffer | None = None,
+        reads: Mapping[Buffer, int] | None = None,
     ):
         self.size, self.buffer = size, buffer
         self.reads = reads if reads is not None else {}
 
-    def read(self) -> Mapping[_Buffer, int]:
+    def read(self) -> Mapping[Buffer, int]:
         """Bytes that are read of each array for it."""
         return {self.buffer: self.buffer.size} if self.buffer else self.reads
-
-
-@dataclasses.dataclass(eq=False)
-class _Kernel:
-    reads: Mapping[_Buffer, int]  # and how many bytes of each
-    writes: tuple[_Buffer, ...]
-    flops: float = 0.0
-    traffic: float | None = None  # None: what is read and written
-    inner: int = 0  # bytes held inside
-    gathered: int = 0  # of these
-    fused: bool = False  # elementwise: may write where it reads
-    into: _Buffer | None = None  # changed in its place
 
 
 def total(closed: Any, unsaid: Unsaid = Unsaid()) -> Total:
@@ -156,7 +125,7 @@ def gradient(closed: Any, mark: str, unsaid: Unsaid = Unsaid()) -> Gradient:
     back = _Walk(unsaid)
     behind = jaxpr.eqns[after:]
     read = {a for eqn in behind for a in eqn.invars if not isinstance(a, core.Literal)}
-    kept: dict[_Buffer, tuple[int, ...]] = {}
+    kept: dict[Buffer, tuple[int, ...]] = {}
     inner = {}
     for var in read & env.keys():
         buffer = walk.store(env[var])
@@ -174,7 +143,7 @@ def gradient(closed: Any, mark: str, unsaid: Unsaid = Unsaid()) -> Gradient:
 
 def _argument(aval: Any) -> _Value:
     n = local.size(aval)
-    return _Value(n, _Buffer(n, held=True))
+    return _Value(n, Buffer(n, held=True))
 
 
 def _value(env: Mapping[Any, _Value], atom: Any) -> _Value:
@@ -187,7 +156,7 @@ class _Walk:
     def __init__(self, unsaid: Unsaid, length: int = 1):
         self.unsaid = unsaid
         self.length = length  # of the scan that this is the body of
-        self.kernels: list[_Kernel] = []
+        self.kernels: list[Kernel] = []
         self.loops: list[Total] = []
 
     def run(
@@ -211,7 +180,10 @@ class _Walk:
     def equation(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         name = eqn.primitive.name
         if name in LOOPS:
-            return getattr(self, LOOPS[name])(eqn, ins)
+            made = getattr(self, LOOPS[name])(eqn, ins)
+            for value, var in zip(made, eqn.outvars, strict=True):
+                value.size = local.size(var.aval)  # whatever room its tiles take
+            return made
         sizes = [local.size(v.aval) for v in eqn.outvars]
         if called := _called(eqn):
             # Where XLA shards, types do not say how: of lookups, all that is there.
@@ -239,18 +211,18 @@ class _Walk:
 
     def fused(self, ins: Sequence[_Value], n: int, part: bool = False) -> _Value:
         """Elementwise work: done where it is read."""
-        reads: dict[_Buffer, int] = {}
+        reads: dict[Buffer, int] = {}
         for v in ins:
             for buffer, count in v.read().items():
                 count = min(count, n) if part else count
                 reads[buffer] = max(reads.get(buffer, 0), count)
         return _Value(n, reads=reads)
 
-    def store(self, value: _Value) -> _Buffer:
+    def store(self, value: _Value) -> Buffer:
         """Returns the array in memory, written now if it is not there."""
         if value.buffer is None:
-            value.buffer = _Buffer(value.size)
-            self.kernels.append(_Kernel(value.reads, (value.buffer,), fused=True))
+            value.buffer = Buffer(value.size)
+            self.kernels.append(Kernel(value.reads, (value.buffer,), fused=True))
         return value.buffer
 
     def kernel(
@@ -265,8 +237,8 @@ class _Walk:
         for v in ins if stored or moved else ():
             self.store(v)
         reads = self.fused(ins, 0).reads
-        outs = [_Buffer(n, moved=moved) for n in sizes]
-        self.kernels.append(_Kernel(reads, tuple(outs), **more))
+        outs = [Buffer(n, moved=moved) for n in sizes]
+        self.kernels.append(Kernel(reads, tuple(outs), **more))
         return [_Value(b.size, b) for b in outs]
 
     def product(self, eqn: Any, ins: list[_Value], n: int) -> _Value:
@@ -286,88 +258,71 @@ class _Walk:
         reads = dict(self.fused(ins[1:], 0).reads)
         new = sum(reads.values())
         reads[buffer] = 0
-        self.kernels.append(_Kernel(reads, (), traffic=2.0 * new, into=buffer))
+        self.kernels.append(Kernel(reads, (), traffic=2.0 * new, into=buffer))
         return _Value(n, buffer)
 
     def scan(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         p = eqn.params
-        one = self._inside(p["jaxpr"], p["length"], p["num_carry"])
+        one, sizes = self._inside(p["jaxpr"], p["length"], p["num_carry"])
         self.loops.append(one)
-        return self._looped(eqn, ins, one, p["length"])
+        turns = [1] * p["num_carry"] + [p["length"]] * (len(sizes) - p["num_carry"])
+        sizes = [n * t for n, t in zip(sizes, turns, strict=True)]
+        return self._looped(sizes, ins, one, p["length"])
 
     def while_(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-        one = self._inside(eqn.params["body_jaxpr"], self.length)
+        one, sizes = self._inside(eqn.params["body_jaxpr"], self.length)
         times = 1.0
         if (
             one.flops and self.unsaid.pairs
         ):  # attention's, over the blocks that are needed
             times = self.unsaid.pairs / self.unsaid.hops / self.length
-        return self._looped(eqn, ins, one, times)
+        return self._looped(sizes, ins, one, times)
 
     def cond(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         some = [self._inside(b, self.length) for b in eqn.params["branches"]]
-        return self._looped(eqn, ins, max(some, key=lambda t: (t.flops, t.traffic)), 1)
+        one, sizes = max(some, key=lambda t: (t[0].flops, t[0].traffic))
+        return self._looped(sizes, ins, one, 1)
 
-    def _inside(self, body: Any, length: int, carried: int | None = None) -> Total:
-        """Returns what a loop's body costs; of its results the first so many stay to its end."""
+    def _inside(
+        self, body: Any, length: int, carried: int | None = None
+    ) -> tuple[Total, list[int]]:
+        """Returns what a loop's body costs, of whose results the first so many stay to its end,
+        and the bytes of all of them."""
         inside = _Walk(self.unsaid, length)
         args = [_argument(v.aval) for v in body.jaxpr.invars]
         outs = inside.run(body.jaxpr, body.consts, args)
-        return inside.total([inside.store(v) for v in outs], carried)
+        stored = [inside.store(v) for v in outs]
+        return inside.total(stored, carried), [b.size for b in stored]
 
     def _looped(
-        self, eqn: Any, ins: Sequence[_Value], one: Total, times: float
+        self, sizes: Sequence[int], ins: Sequence[_Value], one: Total, times: float
     ) -> list[_Value]:
-        sizes = [local.size(v.aval) for v in eqn.outvars]
         return self.kernel(
-            *(ins, sizes), stored=True, flops=one.flops * times, traffic=one.traffic * times,
-            inner=one.peak, gathered=one.gathered,
-        )  # fmt: skip
+            ins,
+            sizes,
+            stored=True,
+            flops=one.flops * times,
+            traffic=one.traffic * times,
+            inner=one.peak,
+            gathered=one.gathered,
+        )
 
     def pallas_call(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         """A kernel over a grid whose last two dimensions are blocks of queries and of keys."""
         grid, jaxpr = eqn.params["grid_mapping"].grid, eqn.params["jaxpr"]
         blocks = self.unsaid.pairs or math.prod(grid[-2:])
         one = _products(jaxpr)
-        sizes = [local.size(v.aval) for v in eqn.outvars]
+        for value, var in zip(ins, eqn.invars, strict=True):
+            buffer = self.store(value)
+            buffer.size = max(buffer.size, local.tiled(var.aval))
+        sizes = [local.tiled(v.aval) for v in eqn.outvars]
         flops = one * math.prod(grid[:-2]) * blocks
         return self.kernel(ins, sizes, stored=True, flops=flops)
 
-    def total(self, outs: Sequence[_Buffer], carried: int | None = None) -> Total:
-        """Returns what all kernels cost; the first `carried` of `outs` stay, None: all."""
-        kernels = self._needed(outs)
-        if self.unsaid.late and carried:
-            first = self._needed(outs[:carried])
-            kernels = list(dict.fromkeys([*first, *kernels]))
-        last: dict[_Buffer, float] = {}
-        for i, k in enumerate(kernels):
-            last |= dict.fromkeys((*k.reads, *k.writes), i)
-        last |= dict.fromkeys(outs[:carried], math.inf)
-        live = moved = peak = gathered = 0
-        for i, k in enumerate(kernels):
-            done = {b for b in (*k.reads, *k.writes) if last[b] == i and not b.held}
-            new = sum(b.size for b in k.writes)
-            sent = sum(b.size for b in k.writes if b.moved)
-            here = live + new + k.inner
-            if k.fused and any(b.size >= new for b in done if b in k.reads):
-                here -= new  # in the place of what it reads
-            if here > peak:
-                peak, gathered = here, moved + sent + k.gathered
-            live += new - sum(b.size for b in done)
-            moved += sent - sum(b.size for b in done if b.moved)
-        flops = sum(k.flops for k in kernels)
-        traffic = sum(_traffic(k) for k in kernels)
-        return Total(flops, traffic, peak, gathered, tuple(self.loops))
-
-    def _needed(self, outs: Sequence[_Buffer]) -> list[_Kernel]:
-        """Returns the kernels without which these arrays would not be there."""
-        wanted, found = set(outs), []
-        for k in reversed(self.kernels):
-            made = k.writes if k.into is None else (*k.writes, k.into)
-            if not wanted.isdisjoint(made):
-                wanted |= k.reads.keys()
-                found.append(k)
-        return found[::-1]
+    def total(self, outs: Sequence[Buffer], carried: int | None = None) -> Total:
+        """Returns what all kernels cost, see `kernels.total`."""
+        late = self.unsaid.late
+        return kernels.total(self.kernels, outs, carried, late, self.loops)
 
 
 def _products(jaxpr: Any) -> float:
@@ -387,12 +342,6 @@ def _products(jaxpr: Any) -> float:
         ]
         total += times * max(inner, default=0.0)
     return total
-
-
-def _traffic(k: _Kernel) -> float:
-    if k.traffic is not None:
-        return k.traffic
-    return sum(k.reads.values()) + sum(b.size for b in k.writes)
 
 
 def _called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:

@@ -9,6 +9,10 @@ import jax
 
 from lm import sharding
 
+LANES = (
+    128  # entries of the tiles that a TPU stores arrays in, along their last dimension
+)
+
 
 def local(aval: Any) -> tuple[int, ...]:
     """Returns the shape of a device's part of an array."""
@@ -32,6 +36,12 @@ def size(aval: Any) -> int:
     if getattr(aval, "memory_space", None) == jax.memory.Space.Host:
         return 0
     return math.prod(local(aval)) * dtype.itemsize
+
+
+def tiled(aval: Any) -> int:
+    """Returns the bytes of an array for a TPU's kernel: its last dimension fills whole lanes."""
+    last = (local(aval) or (1,))[-1]
+    return size(aval) // last * -(-last // LANES) * LANES if last else 0
 
 
 @dataclasses.dataclass(frozen=True)

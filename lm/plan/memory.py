@@ -76,6 +76,7 @@ def moments(prog: Program, rough: bool = False) -> dict[str, report.Memory]:
     grads = gradient(prog)
     kept = _kept(prog, costs)
     kept["ids"] = there.batch
+    kept |= _cast(prog)
     held = placement.gathered_bytes(prog)
     head = costs.head
     block = max((g.cost for g in costs.blocks), key=lambda c: c.working_backward)
@@ -148,6 +149,23 @@ def _kept(prog: Program, costs: layer.Costs) -> dict[str, int]:
     }
 
 
+def _cast(prog: Program) -> dict[str, int]:
+    """Returns the bytes of weights in the dtype of compute that live as long as both passes.
+
+    XLA for TPUs casts the stored shares of all layers at once, before its loop over them, and keeps
+    them for the backward where that computes layers again.
+    """
+    model = prog.experiment.model
+    item = model.compute(prog.layout.platform).itemsize
+    if prog.layout.platform != "tpu" or model.remat == "none" or item == FP32:
+        return {}
+    stacked = (p for p in prog.shapes if p.split("/")[0] == STACK)
+    entries = sum(
+        math.prod(local.local(_shape(prog, p, prog.specs[p]))) for p in stacked
+    )
+    return {"weights cast": entries * item}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradient:
     """Bytes of gradients on a device."""
@@ -171,8 +189,6 @@ def gradient(prog: Program) -> Gradient:
     ends = sum(sizes.values()) - layers
     head = "head_vd" if "head_vd" in prog.shapes else "embed_vd"
     whole = local.local(_shape(prog, head, sharding.gathered(prog.working[head])))
-    # XLA for GPUs reduces the head's gradient to shares after those of the layers.
-    late = prog.layout.platform == "gpu"
     # Of microbatches, layers' are added when all are there, those of the ends as they come to be.
     many = prog.experiment.train.accumulate > 1
     return Gradient(
@@ -180,7 +196,8 @@ def gradient(prog: Program) -> Gradient:
         ends=0 if many and not prog.staged else ends,
         sums=(layers + ends) * many,
         chunk=layers // prog.places.shape[1] if prog.staged else 0,
-        waiting=(math.prod(whole) * FP32 - sizes[head]) * late,
+        # XLA for accelerators reduces the head's gradient to shares after the layers' backward.
+        waiting=math.prod(whole) * FP32 - sizes[head],
     )
 
 
