@@ -19,6 +19,7 @@ def parts() -> dict[str, Any]:
             model_flops_full=3 * 1.72e10 * 2**22 / 64,
             hardware_flops=1.38 * step,
             hbm_bytes=6.2e12,
+            waited_bytes=3.1e12,
         ),
         "transfers": (
             report.Transfer(

@@ -63,6 +63,7 @@ class Unsaid:
     )
     rows: float = 1.0  # share of the room for rows of experts that is in use
     late: bool = False  # gradients of weights are formed when a layer's own is done
+    beside: float = 0.0  # bytes that pass in the time of one operation of a product
 
 
 class _Value:
@@ -303,6 +304,7 @@ class _Walk:
             stored=True,
             flops=one.flops * times,
             traffic=one.traffic * times,
+            waited=one.waited * times,
             inner=one.peak,
             gathered=one.gathered,
         )
@@ -322,7 +324,9 @@ class _Walk:
     def total(self, outs: Sequence[Buffer], carried: int | None = None) -> Total:
         """Returns what all kernels cost, see `kernels.total`."""
         late = self.unsaid.late
-        return kernels.total(self.kernels, outs, carried, late, self.loops)
+        return kernels.total(
+            self.kernels, outs, carried, late, self.loops, self.unsaid.beside
+        )
 
 
 def _products(jaxpr: Any) -> float:

@@ -13,6 +13,7 @@ class Total:
     traffic: float  # bytes read from and written to its memory
     peak: int  # bytes that it holds at once beside its arguments
     gathered: int  # of these, what collectives make
+    waited: float = 0.0  # bytes of the traffic that do not pass beside products
     loops: tuple["Total", ...] = ()  # of one turn of each scan
 
 
@@ -37,6 +38,7 @@ class Kernel:
     traffic: float | None = None  # bytes; None: what is read and written
     inner: int = 0  # bytes held inside
     gathered: int = 0  # of these, by collectives
+    waited: float | None = None  # of a loop, see `Total`
     fused: bool = False  # elementwise: may write where it reads
     into: Buffer | None = None  # changed in its place
 
@@ -47,6 +49,7 @@ def total(
     carried: int | None = None,
     late: bool = False,
     loops: Sequence[Total] = (),
+    beside: float = 0.0,
 ) -> Total:
     """Returns what kernels cost of which results need something.
 
@@ -57,6 +60,7 @@ def total(
             they are there; None: all stay.
         late: what those that stay do not need comes after what they do.
         loops: for `Total.loops`.
+        beside: bytes that pass in the time of one operation of a product.
     """
     there = _needed(kernels, outs)
     if late and carried:
@@ -82,6 +86,7 @@ def total(
         traffic=sum(_traffic(k) for k in there),
         peak=peak,
         gathered=gathered,
+        waited=sum(_waited(k, beside) for k in there),
         loops=tuple(loops),
     )
 
@@ -101,3 +106,7 @@ def _traffic(k: Kernel) -> float:
     if k.traffic is not None:
         return k.traffic
     return sum(k.reads.values()) + sum(b.size for b in k.writes)
+
+
+def _waited(k: Kernel, beside: float) -> float:
+    return max(0.0, _traffic(k) - k.flops * beside) if k.waited is None else k.waited

@@ -35,6 +35,8 @@ class Cost:
     flops_backward: float  # with what is computed again
     bytes_forward: float  # read from and written to the device's memory
     bytes_backward: float
+    waited_forward: float  # bytes of these that no product hides
+    waited_backward: float
     kept: int  # bytes from forward to backward, beside parameters
     shared: int = 0  # kept too, but once for all layers
     working_forward: int  # bytes held at once, beside parameters and what is kept
@@ -219,6 +221,7 @@ class _Trace:
             cost,
             flops_backward=cost.flops_forward + cost.flops_backward,
             bytes_backward=cost.bytes_forward + cost.bytes_backward,
+            waited_backward=cost.waited_forward + cost.waited_backward,
         )
 
     def both(self) -> Group:
@@ -332,6 +335,8 @@ class _Trace:
             flops_backward=behind.flops,
             bytes_forward=ahead.traffic,
             bytes_backward=behind.traffic,
+            waited_forward=ahead.waited,
+            waited_backward=behind.waited,
             kept=kept // REPEATS if loop else kept,
             shared=shared,
             working_forward=ahead.peak if loop else ahead.peak - kept,

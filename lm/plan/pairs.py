@@ -18,6 +18,10 @@ from lm.nn.moe import Moe
 from lm.plan import jaxprs
 from lm.program import Program
 
+# Bytes that a chip's memory gives in the time of one operation of a large product, for want of a
+# chip: between those of the platform's chips in lm/plan/chips.py.
+BESIDE = {"tpu": 0.005, "gpu": 0.0045, "cpu": 0.05}
+
 
 def unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid:
     """What traces of these layers do not say: of attention, the mean of the layers."""
@@ -25,10 +29,13 @@ def unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid
     rows = _used(prog, blocks)
     # XLA for GPUs puts off what nothing waits for.
     late = prog.layout.platform == "gpu"
+    beside = BESIDE[prog.layout.platform]
     if not found:
-        return jaxprs.Unsaid(rows=rows, late=late)
+        return jaxprs.Unsaid(rows=rows, late=late, beside=beside)
     pairs = sum(count for count, _ in found) / len(found)
-    return jaxprs.Unsaid(pairs=pairs, hops=found[0][1], rows=rows, late=late)
+    return jaxprs.Unsaid(
+        pairs=pairs, hops=found[0][1], rows=rows, late=late, beside=beside
+    )
 
 
 def _pairs(prog: Program, block: stack.Block.Config) -> tuple[float, int] | None:

@@ -53,6 +53,7 @@ class Work:
         float  # with what is computed again, and what a pipeline does in vain
     )
     hbm_bytes: float  # read and written
+    waited_bytes: float  # of these, what does not pass beside arithmetic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,20 +42,23 @@ def work(prog: Program, rough: bool = False) -> Work:
     one, full = (
         flops.forward(e.model, length, causal=c, written=written) for c in (True, False)
     )
-    computed, moved = _passes(prog, rough)
+    computed, moved, waited = _passes(prog, rough)
+    update = _update_bytes(prog)
     return Work(
         forward_flops=one,
         forward_flops_full=full,
         model_flops=3 * one * tokens,
         model_flops_full=3 * full * tokens,
         hardware_flops=computed,
-        hbm_bytes=moved + _update_bytes(prog),
+        hbm_bytes=moved + update,
+        waited_bytes=waited + update,
     )
 
 
-def _passes(prog: Program, rough: bool) -> tuple[float, float]:
-    """Returns the operations, and the bytes read and written, of all passes of a step. A stage
-    runs one chunk in each tick, idle or not; without stages a pass runs all layers."""
+def _passes(prog: Program, rough: bool) -> tuple[float, float, float]:
+    """Returns the operations, the bytes read and written, and those that are waited for, of all
+    passes of a step. A stage runs one chunk in each tick, idle or not; without stages a pass runs
+    all layers."""
     runs, parts = minimum.passes(prog), layer.costs(prog, rough)
     groups = [
         (1 if prog.staged else group.count, runs.forward, runs.backward, group.cost)
@@ -63,13 +66,16 @@ def _passes(prog: Program, rough: bool) -> tuple[float, float]:
     ]
     groups.append((1, runs.forward, runs.backward, parts.embed))
     groups.append((1, runs.head, runs.head, parts.head))
-    computed = moved = 0.0
+    computed = moved = waited = 0.0
     for count, forward, backward, cost in groups:
         computed += count * (
             forward * cost.flops_forward + backward * cost.flops_backward
         )
         moved += count * (forward * cost.bytes_forward + backward * cost.bytes_backward)
-    return computed, moved
+        waited += count * (
+            forward * cost.waited_forward + backward * cost.waited_backward
+        )
+    return computed, moved, waited
 
 
 def _update_bytes(prog: Program) -> float:
@@ -127,7 +133,7 @@ def times(
     """Returns where the seconds of a step go."""
     useful = _useful(prog)
     products = computed.hardware_flops / (chip.bf16 * chip.reach)
-    memory = computed.hbm_bytes / chip.bandwidth
+    memory = computed.waited_bytes / chip.bandwidth
     alone = sum(t.seconds for t in sent)
     exposed = alone - sum(t.hidden for t in sent)
     tokens = tokens_of(prog)
