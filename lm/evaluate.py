@@ -1,25 +1,32 @@
-"""Scores of a model on held-out text, over the mesh, every token counted once."""
+"""Scores of a model on held-out text, over the mesh, every token and text counted once."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from lm import batches, metrics
-from lm.data import loader
+from lm import batches, generate, metrics
+from lm.data import loader, packing
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import EvalSet, Experiment
-from lm.scores import classes
+from lm.scores import classes, texts
 from lm.train import Params, Program
 
 AHEAD = 4  # batches that may wait on the device
 
 
 def stores(experiment: Experiment, coder: Tokenizer) -> dict[str, list[loader.Store]]:
-    """Returns the tokenized text of each evaluation set, by its name."""
+    """Returns the tokenized text of each evaluation set, by its name.
+
+    Raises:
+        ConfigError: also where a package is missing that `eval.scores` need.
+    """
+    texts.require(experiment.eval.scores)
     return {
         s.name: batches.stores(experiment.objective, _data(experiment, s), coder)
         for s in experiment.eval.sets
@@ -31,6 +38,32 @@ def _data(experiment: Experiment, chosen: EvalSet) -> loader.Data:
     return dataclasses.replace(
         experiment.data, source=source, split=chosen.split, weights=()
     )
+
+
+def of_set(
+    prog: Program,
+    step: Callable[[Params, dict[str, jax.Array]], dict[str, jax.Array]],
+    params: Params,
+    parts: Sequence[loader.Store],
+    chosen: EvalSet,
+    coder: Tokenizer,
+    workdir: str,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Returns all that is said of a set: what `score` does, and the scores of `written`.
+
+    Process 0 leaves the texts that were written in `workdir`, in `texts/NAME.jsonl`.
+    """
+    values: dict[str, Any] = score(prog, step, params, parts, chosen, coder)
+    if not prog.experiment.eval.scores:
+        return values
+    scores, rows = written(prog, params, parts, coder, report)
+    if jax.process_index() == 0:
+        path = epath.Path(workdir) / "texts" / f"{chosen.name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text("".join(lines))
+    return {**values, **scores}
 
 
 def score(
@@ -89,6 +122,50 @@ def score(
     }
     bits = metrics.bits_per_byte(loss, tokens, text)
     return result if bits is None else {**result, "bits_per_byte": bits}
+
+
+def written(
+    prog: Program,
+    params: Params,
+    parts: Sequence[loader.Store],
+    coder: Tokenizer,
+    report: Callable[[str], None],
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Returns the `eval.scores` of texts that the model writes, and these texts.
+
+    The model is asked for the second text of `eval.texts` documents of the set, given the
+    first, as `generate` says, for one text each. What it is compared with is the second
+    text as the tokenizer decodes it: every byte of it, but for tokenizers that change text.
+
+    Args:
+        prog: the program.
+        params: the weights.
+        parts: the set's stores.
+        coder: the tokenizer.
+        report: takes a line for the user where texts are cut short.
+
+    Returns:
+        `texts` (how many) and the scores, see `scores.texts`; and for each text `source`,
+        `reference` and `text`. Both are the same on every host.
+    """
+    experiment = prog.experiment
+    asked = [
+        pair
+        for part in parts
+        for pair in batches.asked(experiment.objective, experiment.data, part, coder)
+    ]
+    if experiment.eval.texts is not None:
+        drawn = packing.shuffled(len(asked), "texts")[: experiment.eval.texts]
+        asked = [asked[i] for i in sorted(drawn.tolist())]
+    config = dataclasses.replace(experiment.generate, samples=1)
+    given = [ids for ids, _ in asked]
+    found = generate.continued(prog, params, coder, given, config, report)
+    rows = [
+        {"source": coder.decode(a), "reference": coder.decode(b), "text": one}
+        for (a, b), (one,) in zip(asked, found, strict=True)
+    ]
+    pairs = [row["text"] for row in rows], [row["reference"] for row in rows]
+    return {"texts": len(rows), **texts.scores(experiment.eval.scores, *pairs)}, rows
 
 
 def _of_classes(objective: Any, fetched: list[dict[str, Any]]) -> dict[str, float]:

@@ -17,6 +17,8 @@ from lm.models.transformer import Transformer
 from lm.nn.moe import Moe
 from lm.objectives import Causal, refuse
 from lm.optim import Optim
+from lm.sampling import Generate
+from lm.scores import texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,10 @@ class Eval:
     every: int = 200  # steps; 0: only at the end
     batch_size: int | None = None  # sequences; None: train.batch_size
     sets: tuple[EvalSet, ...] = (EvalSet(),)
+    scores: tuple[
+        texts.Name, ...
+    ] = ()  # of texts generated from first texts, see `generate`
+    texts: int | None = 200  # of each set, drawn at random once and for all; None: all
     use_ema: bool = True  # evaluate the averaged weights where optim.ema keeps them
 
     def __post_init__(self) -> None:
@@ -102,6 +108,10 @@ class Eval:
             raise ConfigError(
                 f"eval.sets: two sets have the same name ({', '.join(names)})"
             )
+        if len(set(self.scores)) < len(self.scores):
+            raise ConfigError(f"eval.scores={self.scores}: name each score once")
+        if self.texts is not None and self.texts < 1:
+            raise ConfigError(f"eval.texts={self.texts}: expected 1 or more, or none")
         if self.every < 0:
             raise ConfigError(f"eval.every={self.every}: expected 0 or more steps")
         if self.batch_size is not None and self.batch_size < 1:
@@ -129,33 +139,6 @@ class Checkpoint:
                 raise ConfigError(
                     f"checkpoint.{name}={value}: expected {least} or more"
                 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
-    """How text is sampled."""
-
-    tokens: int = 200  # at most so many new ones
-    temperature: float = 0.8  # 0: the most likely token (greedy)
-    top_k: int | None = None  # sample among so many of the likeliest
-    top_p: float | None = (
-        0.95  # sample among the likeliest that hold this much probability
-    )
-    seed: int = 0
-    samples: int = 1  # texts for each prompt
-    prompts: tuple[str, ...] = ()  # continued at the end of training
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(
-                f"generate.temperature={self.temperature}: expected 0 or more"
-            )
-        for name in ("tokens", "samples", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"generate.{name}={value}: expected 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"generate.top_p={self.top_p}: expected 0 < top_p <= 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +173,13 @@ class Experiment:
                 "whole texts and continues none; set generate.prompts=()"
             )
         batches.check(self.objective, self.data)
+        if self.eval.scores and not isinstance(self.objective, batches.ANSWERED):
+            names = " or ".join(kind(c) for c in batches.ANSWERED)
+            raise ConfigError(
+                f"eval.scores={','.join(self.eval.scores)}: objective="
+                f"{kind(type(self.objective))} has no second text to compare with; use "
+                f"objective={names}, or set eval.scores=()"
+            )
         more = batches.added(self.objective)
         size = 257 + more
         if isinstance(self.data.tokenizer, Bytes) and self.model.vocab_size != size:

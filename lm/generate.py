@@ -3,13 +3,14 @@
 Keys and values of earlier tokens stay in a cache. Prompts of different lengths stand
 flush right in the slots before the first new token, so that a step writes one slot of
 all rows; the slots in front belong to segment 0, which no token of a prompt sees. A
-sample depends on its prompt, the seed and its number, not on other rows or the mesh.
+sample depends on its prompt, the seed and its number, not on other rows or the mesh; nor
+do the texts that a beam search finds (`lm/beam.py`), of which a prompt is one row.
 
 Where an encoder reads the prompt, the decoder begins a text of its own: its cache has the
 keys and values of what was read, too.
 
 Shapes: B rows, T slots of prompts, M new tokens, S >= T + M slots of the cache, V true
-vocabulary; small letters for one device's share.
+vocabulary, K beams; small letters for one device's share.
 """
 
 import dataclasses
@@ -26,14 +27,13 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array, Bool, Float, Int
 
-from lm import sharding, stacked, trees
+from lm import beam, sampling, sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
 from lm.models import kinds
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
-from lm.nn import manual
 from lm.nn.blockwise import Tokens
 from lm.nn.layers import Source
 from lm.train import Params, Program
@@ -64,7 +64,7 @@ def texts(
     config: Generate,
     report: Callable[[str], None],
 ) -> list[list[str]]:
-    """Returns `config.samples` continuations of each prompt, without the prompt.
+    """Returns `config.samples` continuations of each prompt, without it; of beams the best first.
 
     A text ends before its end-of-text mark, after `config.tokens` tokens, or where the
     context is full: `data.length` tokens, the mark before the prompt included. An empty
@@ -75,7 +75,8 @@ def texts(
         prog: what the weights belong to.
         params: the weights, on its mesh.
         coder: the tokenizer that they were trained with.
-        prompts: any number; at most `eval.batch_size` rows are sampled at a time.
+        prompts: any number; at most `eval.batch_size` rows are sampled at a time, and
+            a beam is a row.
         config: how to sample.
         report: takes a line for the user where the context cuts texts short.
 
@@ -83,14 +84,26 @@ def texts(
         ConfigError: a prompt that is longer than the context or no text, or weights
             whose logits are not finite.
     """
-    if not prompts:
-        return []
     if kinds.head(prog.experiment.model) is not None:
         raise ConfigError(
             "a model with model.head reads whole texts, and continues none"
         )
+    ids = encode(coder, prompts, prog.experiment.data.length)
+    return continued(prog, params, coder, ids, config, report)
+
+
+def continued(
+    prog: Program,
+    params: Params,
+    coder: Tokenizer,
+    ids: Sequence[np.ndarray],
+    config: Generate,
+    report: Callable[[str], None],
+) -> list[list[str]]:
+    """Returns what `texts` does, of prompts as `encode` gives them."""
+    if not ids:
+        return []
     context = prog.experiment.data.length
-    ids = encode(coder, prompts, context)
     longest = max(map(len, ids))
     room = context + 1 - longest  # the last token is not read again
     begins, mark = ids, np.array([coder.eot], np.int32)
@@ -105,9 +118,10 @@ def texts(
     sample = make_sample(prog, config, coder.eot, coder.ends)
     key = jax.random.key(config.seed)
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    jobs = [(i, number) for i in by_length for number in range(config.samples)]
+    each = 1 if config.beams == 1 else config.samples  # texts that come of a row
+    jobs = [(i, number) for i in by_length for number in range(0, config.samples, each)]
     found: dict[tuple[int, int], str] = {}
-    size = prog.experiment.eval_size()
+    size = max(prog.experiment.eval_size() // config.beams, 1)
     for start in range(0, len(jobs), size):
         batch = jobs[start : start + size]
         numbered = [(ids[i], number) for i, number in batch]
@@ -120,8 +134,10 @@ def texts(
                 "the model's logits are not finite: its weights have diverged; use an "
                 "earlier checkpoint"
             )
-        for (i, number), new_M in zip(batch, new_BM, strict=False):
-            found[i, number] = _decode(coder, begins[i], new_M)
+        new_BNM = np.reshape(new_BM, (-1, each, config.tokens))
+        for (i, number), new_NM in zip(batch, new_BNM, strict=False):
+            for n, new_M in enumerate(new_NM, number):
+                found[i, n] = _decode(coder, begins[i], new_M)
     return [[found[i, n] for n in range(config.samples)] for i in range(len(ids))]
 
 
@@ -165,20 +181,26 @@ def make_sample(
     """Returns the compiled function (params, rows, key) -> (new tokens [B, M], finite).
 
     M is `config.tokens`; it stops when every row has ended, with `eot` or another of
-    `ends`, and a row that has goes on with `eot`. `finite` is False where a logit was
-    not. It is compiled for each shape of the rows.
+    `ends`, and a row that has goes on with `eot`. With several beams the tokens are
+    [B, samples, M], the best text first. `finite` is False where a logit was not. It is
+    compiled for each shape of the rows.
     """
     # A step has one token, which can't be split: the length is whole on every device.
     rules = dataclasses.replace(prog.layout.rules, length=(), residual=())
     layout = dataclasses.replace(prog.layout, rules=rules)
     stops = (eot, *(i for i in ends if i != eot))
-    jitted = jax.jit(functools.partial(_sample, prog, config, stops))
+    jitted = _jitted(prog, config, stops)
 
     def sample(params: Params, rows: Rows, key: Array) -> tuple[Array, Array]:
         with sharding.use(layout):
             return jitted(params, rows, key)
 
     return sample
+
+
+@functools.lru_cache(maxsize=2)  # a run samples again with every evaluation
+def _jitted(prog: Program, config: Generate, stops: tuple[int, ...]) -> Any:
+    return jax.jit(functools.partial(_sample, prog, config, stops))
 
 
 def _sample(
@@ -198,6 +220,12 @@ def _sample(
     B, T = first_BT.shape
     S = slots(T, M)
     cached = cache_tokens(lengths_B, T, S)
+    zero = jnp.int32(0)
+    cache = model.empty_cache(B, S, source)
+    logits_BV, cache = advance(model, first_BT, zero, cached, cache, source)
+    if config.beams > 1:
+        how = config, stops, model, batch.limits
+        return _searched(*how, T, logits_BV, cached, cache, source)
     keys_B = jax.vmap(functools.partial(_row_key, key))(batch.streams)
 
     def more(carry: Any) -> Array:
@@ -208,7 +236,7 @@ def _sample(
         m, logits_BV, done_B, new_BM, finite, cache = carry
         finite &= jnp.isfinite(logits_BV).all()
         draws_B = jax.vmap(jax.random.fold_in)(keys_B, batch.lengths + m)
-        ids_B = jnp.where(done_B, eot, choose(config, logits_BV, draws_B))
+        ids_B = jnp.where(done_B, eot, sampling.choose(config, logits_BV, draws_B))
         new_BM = lax.dynamic_update_slice(new_BM, ids_B[:, None], (0, m))
         ended_B = functools.reduce(jnp.logical_or, [ids_B == i for i in stops])
         done_B |= ended_B | (m + 1 >= batch.limits)
@@ -216,14 +244,39 @@ def _sample(
         logits_BV, cache = advance(model, ids_B1, T + m, cached, cache, source)
         return m + 1, logits_BV, done_B, new_BM, finite, cache
 
-    zero = jnp.int32(0)
-    cache = model.empty_cache(B, S, source)
-    logits_BV, cache = advance(model, first_BT, zero, cached, cache, source)
     new_BM = jnp.full((B, M), eot, jnp.int32, out_sharding=split)
     carry = (zero, logits_BV, batch.limits <= 0, new_BM, jnp.bool(True), cache)
     _, _, _, new_BM, finite, _ = lax.while_loop(more, step, carry)
     # All-gather over the batch's axes: every host reads every row.
     return reshard(new_BM, sharding.spec(None, None)), finite
+
+
+def _searched(
+    config: Generate,
+    stops: tuple[int, ...],
+    model: Model,
+    limits_B: Array,
+    T: int,
+    logits_BV: Array,
+    cached: Tokens,
+    cache: Any,
+    source: Source | None,
+) -> tuple[Array, Array]:
+    """Returns what `_sample` does, by a beam search from the logits after T slots."""
+    K, fixed = config.beams, None
+    cached = beam.repeat(cached, K, 0)
+    if source is not None:  # all beams of a prompt look at the same
+        source = Source(None, beam.repeat(source.tokens, K, 0))
+        cache, fixed = cache[0], beam.repeat(cache[1], K, 1)
+
+    def further(ids_X1: Array, m: Array, cache: Any) -> tuple[Array, Any]:
+        whole = cache if source is None else (cache, fixed)
+        logits_XV, whole = advance(model, ids_X1, T + m, cached, whole, source)
+        return logits_XV, whole if source is None else whole[0]
+
+    new_BKM, _, finite = beam.search(config, stops, limits_B, logits_BV, cache, further)
+    best_BNM = new_BKM[:, : config.samples]
+    return reshard(best_BNM, sharding.spec(None, None, None)), finite
 
 
 def begun(
@@ -286,43 +339,6 @@ def advance(
     return logits_BV[:, : model.config.vocab_size], cache
 
 
-def choose(
-    config: Generate, logits_BV: Float[Array, "B V"], keys_B: Array
-) -> Int[Array, " B"]:
-    """Returns an id for each row, drawn with the row's own key.
-
-    Temperature first, then top-k (of equal logits the lower id counts as likelier),
-    then top-p of what is left: the fewest likeliest ids that hold so much of its
-    probability (Holtzman et al. 2020). At temperature 0, the likeliest; nothing drawn.
-    """
-    if config.temperature < 1e-30:  # fp32 could not divide by it
-        return logits_BV.argmax(-1).astype(jnp.int32)
-    # Each device draws for its own rows; there is nothing to communicate.
-    specs = sharding.spec("batch", None), sharding.spec("batch")
-    draw = manual.region(functools.partial(_draw, config), specs, specs[1])
-    return draw(logits_BV, keys_B)
-
-
-def _draw(config: Generate, logits_bV: Array, keys_b: Array) -> Array:
-    V = logits_bV.shape[1]
-    # The Gumbel-max trick. The noise goes by id, not by rank: where two logits change
-    # order by rounding, the sample stays the same.
-    noise_bV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_b)
-    top_b1 = logits_bV.max(-1, keepdims=True)
-    x_bV = (logits_bV - top_b1) / config.temperature
-    top_p = 1.0 if config.top_p is None else config.top_p
-    if config.top_k is None and top_p == 1:
-        return (x_bV + noise_bV).argmax(-1).astype(jnp.int32)
-    x_bk, ids_bk = lax.top_k(x_bV, min(config.top_k or V, V))
-    if top_p < 1:
-        p_bk = jax.nn.softmax(x_bk)
-        likelier_bk = jnp.cumsum(p_bk, -1) - p_bk  # probability of those before
-        x_bk = jnp.where(likelier_bk < top_p, x_bk, -jnp.inf)
-    x_bk = x_bk + jnp.take_along_axis(noise_bV, ids_bk, 1)
-    best_b1 = x_bk.argmax(-1, keepdims=True)
-    return jnp.take_along_axis(ids_bk, best_b1, 1)[:, 0].astype(jnp.int32)
-
-
 def _row_key(key: Array, stream_2: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, stream_2[0]), stream_2[1])
 
@@ -373,9 +389,14 @@ def _decode(coder: Tokenizer, prompt: np.ndarray, new: np.ndarray) -> str:
     """Returns the text of the new ids before eot.
 
     It is what they add to the prompt's text: on their own, a first space could be taken
-    for the one that some tokenizers put in front.
+    for the one that some tokenizers put in front. Ids that it lacks (sentinels) are numbers.
     """
     ends = np.flatnonzero(np.isin(new, (coder.eot, *coder.ends)))
     new = new[: ends[0]] if len(ends) else new
     before = coder.decode(prompt)
-    return coder.decode(np.concatenate([prompt, new]))[len(before) :]
+
+    def plain(ids: np.ndarray) -> str:
+        return coder.decode(np.concatenate([prompt, ids]))[len(before) :]
+
+    first, *others = np.split(new, np.flatnonzero(new >= len(coder.pieces)))
+    return plain(first) + "".join([f"<{ids[0]}>{plain(ids[1:])}" for ids in others])

@@ -46,7 +46,7 @@ def of(
             prog.experiment.objective,
             prog.model(params),
             batch,
-            _keys(prog, batch, step),
+            keys(prog, batch, step),
             prog.packed,
         )
         return total / count, {**sums, "loss": total / count}
@@ -146,7 +146,7 @@ def _parts(batch: objectives.Batch, A: int, M: int, R: int, lead: Any) -> Any:
     return jax.tree.map(split, batch)
 
 
-def _keys(
+def keys(
     prog: Program, batch: objectives.Batch, step: Array
 ) -> Callable[[int], Array] | None:
     """Returns the keys of dropout by the length of rows, None without dropout."""
@@ -158,8 +158,8 @@ def _keys(
 
 def row_keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
     """Returns the keys of a batch's dropout, [B, T]; None without dropout."""
-    keys = _keys(prog, batch, step)
-    return keys and keys(batch["tokens"].shape[1])
+    of = keys(prog, batch, step)
+    return of and of(batch["tokens"].shape[1])
 
 
 def table(prog: Program, forward: int | None = None) -> timetable.Timetable:

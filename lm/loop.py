@@ -84,7 +84,7 @@ def run(experiment: Experiment, workdir: str, watch: Stopwatch, guard: Lookout) 
             _write_config(experiment, workdir)
         stack.enter_context((stop := Stop()).listening())
         step = Step(prog, terminal, guard)
-        scores = Scores(prog, held_out, coder, writer, terminal, guard)
+        scores = Scores(prog, held_out, coder, writer, terminal, guard, workdir)
         log = Log(prog, writer, terminal, position.tokens)
         made = _batches(prog, stores, coder, position)
         stopped = False
@@ -168,9 +168,10 @@ class Scores:
         writer: metrics.Writer,
         terminal: Terminal,
         guard: Lookout,
+        workdir: str,
     ):
         self._prog, self._stores, self._guard = prog, stores, guard
-        self._coder = coder
+        self._coder, self._workdir = coder, workdir
         self._writer, self._terminal = writer, terminal
         self._step = train.make_eval_step(prog)
 
@@ -181,9 +182,9 @@ class Scores:
         weights = train.evaluated(self._prog, state)
         for one in chosen.sets:
             self._terminal.status(f"evaluating {one.name}")
-            values = evaluate.score(
-                *(self._prog, self._step, weights),
-                *(self._stores[one.name], one, self._coder),
+            values = evaluate.of_set(
+                *(self._prog, self._step, weights, self._stores[one.name], one),
+                *(self._coder, self._workdir, self._terminal.print),
             )
             self._writer.write("eval", step, {"set": one.name, **values})
         self._terminal.status("training")

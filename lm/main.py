@@ -314,7 +314,10 @@ def _eval(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     parts = evaluate.stores(experiment, coder)
     for chosen in experiment.eval.sets:
         some = parts[chosen.name]
-        values = evaluate.score(prog, eval_step, params, some, chosen, coder)
+        values = evaluate.of_set(
+            *(prog, eval_step, params, some, chosen, coder, workdir),
+            _say if jax.process_index() == 0 else _silent,
+        )
         if jax.process_index() == 0:
             print(
                 json.dumps({"step": step, "kind": "eval", "set": chosen.name, **values})
@@ -365,6 +368,10 @@ def _plan(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _silent(line: str) -> None:
+    del line
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -36,6 +36,8 @@ FLOORS = {
     "lm.models": 2.0,
     "lm.objectives": 2.5,
     "lm.optim": 2.5,
+    "lm.sampling": 2.5,
+    "lm.beam": 2.75,
     "lm.experiment": 3.0,
     "lm.program": 3.25,
     "lm.stacked": 3.4,

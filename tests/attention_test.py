@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 import reference_parts
 import toy
 
@@ -163,7 +162,7 @@ def test_shares_of_the_keys_combine_by_their_log_sum_exp():
     (o0, s0), (o1, s1) = (share(q, k, v, tokens, t) for k, v, t in kv)
     lse = np.logaddexp(s0, s1)
     a, b = (np.exp(s - lse).transpose(0, 3, 1, 2)[..., None] for s in (s0, s1))
-    whole = jax.jit(functools.partial(reference.attention, mask))(
+    whole = jax.jit(functools.partial(reference_parts.attention, mask))(
         q, k, v, tokens, tokens
     )
     np.testing.assert_allclose(lse, whole[1], atol=1e-5)
@@ -242,7 +241,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("name", "change", "reason"), REFUSALS)
 def test_one_asked_for_by_name_is_refused_with_the_reason_and_a_fix(
-    hopper, name, change, reason
+    name, change, reason
 ):
     case = dataclasses.replace(LONG, **change)
     with pytest.raises(ConfigError, match=re.escape(reason)) as error:
@@ -289,7 +288,7 @@ def test_splash_kernel_gets_the_right_arguments(options):
         run = jax.jit(functools.partial(attend._splash, mask))
         out = run(q, k, v, segments, segments)
     grouped = q.reshape(1, length, 2, 2, 64)
-    plain = jax.jit(functools.partial(reference.attention, mask))
+    plain = jax.jit(functools.partial(reference_parts.attention, mask))
     want, _ = plain(grouped, k, v, tokens, tokens)
     np.testing.assert_allclose(out, want.reshape(out.shape), atol=2e-5)
 
@@ -311,7 +310,7 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     out, lse = jax.jit(functools.partial(attend._cudnn, mask))(
         q.reshape(B, T, -1, H), k, v
     )
-    plain = jax.jit(functools.partial(reference.attention, mask))
+    plain = jax.jit(functools.partial(reference_parts.attention, mask))
     want, want_lse = plain(q, k, v, tokens, tokens)
     np.testing.assert_allclose(out, want.reshape(out.shape), atol=1e-5)
     np.testing.assert_allclose(lse, want_lse.reshape(lse.shape), atol=1e-5)

@@ -158,6 +158,12 @@ def test_a_sample_depends_on_no_neighbour_and_no_mesh():
     )
 
 
+def test_sentinels_are_shown_by_their_numbers():
+    text = np.array([258, 104, 105, 257, 97, 256, 99])
+    start = np.array([ByteTokenizer.eot])
+    assert generate._decode(ByteTokenizer(), start, text) == "<258>hi<257>a"
+
+
 def test_buckets_are_those_of_the_paper():
     """Half of a direction's are of one distance; the last begins at most at `distance`."""
     c = Relative(buckets=32, distance=128)
@@ -198,10 +204,10 @@ def test_the_bias_of_scores_has_its_gradient():
 
 
 def test_scores_of_distances_are_formed_by_einsum_alone():
-    row = attend.Row(
-        platform="tpu", length=256, dtype="bfloat16", packed=False, bias=True
-    )
-    case = row.case(64, EncoderDecoder.Config().attention.mask(64))
+    case = attend.Case(
+        platform="tpu", queries=256, keys=256, head_dim=64, dtype="bfloat16",
+        packed=False, mask=EncoderDecoder.Config().attention.mask(64), bias=True,
+    )  # fmt: skip
     assert case.choose("auto") == "einsum"
     for asked in ("blockwise", "cudnn", "splash"):
         with toy.refused(f"implementation={asked}", "Relative", "takes einsum here"):

@@ -7,7 +7,7 @@ import pytest
 import toy
 from jax import lax
 
-from lm import config, generate, sharding, train, trees
+from lm import config, generate, sampling, sharding, train, trees
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes, ByteTokenizer
 from lm.experiment import Experiment, Generate, Train
@@ -235,7 +235,7 @@ def test_frequencies_follow_the_truncated_distribution(temperature, top_k, top_p
     with sharding.use(program(tiny()).layout):
         keys = jax.random.split(jax.random.key(1), 4000)
         logits = jnp.array(np.tile(LOGITS, (4000, 1)), jnp.float32)
-        ids = jax.jit(generate.choose, static_argnums=0)(settings, logits, keys)
+        ids = jax.jit(sampling.choose, static_argnums=0)(settings, logits, keys)
     assert_drawn_from(truncated(temperature, top_k, top_p), np.asarray(ids))
 
 
@@ -246,7 +246,7 @@ def test_hardly_any_temperature_or_choice_is_greedy(top_k, top_p):
     with sharding.use(program(tiny()).layout):
         keys = jax.random.split(jax.random.key(2), 50)
         logits = jnp.array(np.tile(LOGITS, (50, 1)), jnp.float32)
-        ids = generate.choose(settings, logits, keys)
+        ids = sampling.choose(settings, logits, keys)
     assert set(np.asarray(ids).tolist()) == {LOGITS.argmax()}
 
 

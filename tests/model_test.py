@@ -12,6 +12,7 @@ import reference
 import toy
 
 from lm import experiment, gradients, sharding, train
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 from lm.nn.layers import dropout, dropout_keys
@@ -90,14 +91,16 @@ def test_the_initial_loss_is_that_of_knowing_nothing_on_any_mesh(name):
     Of classes within 5 %: the same spread of logits is more of the logarithm of a few.
     """
     chosen = toy.experiment(*toy.CAPPED) if name == "capped" else small(name)
+    two = isinstance(chosen.model, EncoderDecoder.Config)
     host = toy.batch() if chosen.data.isolate else whole()
+    host = toy.pairs() if two else host
     labels = len(getattr(chosen.objective, "labels", ()))
     if labels:
         host["targets"] = np.arange(toy.ROWS, dtype=np.int32) % labels
         host["weights"] = np.ones(toy.ROWS, np.float32)
     losses = []
     meshes = [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "seq": 4}]
-    if isinstance(chosen.model, Recurrent.Config):  # a state goes along whole rows
+    if two or isinstance(chosen.model, Recurrent.Config):  # of whole rows
         meshes[2] = {"fsdp": 2, "tensor": 4}
     for sizes in meshes:
         mesh = sharding.MeshConfig(**{"data": 1, **sizes})

@@ -84,7 +84,7 @@ def test_prefixes_train_with_causal_attention(tmp_path):
         ),
     ],
 )
-def test_what_the_decoder_cannot_do_yet_is_refused(sets, words):
+def test_what_a_decoder_cannot_do_is_refused(sets, words):
     with toy.refused(*words):
         toy.experiment(*sets)
 

@@ -76,7 +76,12 @@ def _experiment(run: Run, devices: int) -> Experiment:
             tied=False,
             remat=run.remat,
         ),
-        data=Data(source=("tfds:c4/en",), length=run.length, tokenizer=SentencePiece()),
+        data=Data(
+            source=("tfds:c4/en",),
+            length=run.length,
+            isolate=False,
+            tokenizer=SentencePiece(),
+        ),
         mesh=run.mesh,
         train=Train(batch_size=run.rows * devices),
     )

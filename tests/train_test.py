@@ -5,7 +5,6 @@ import functools
 
 import hlo
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -311,26 +310,7 @@ def test_every_experiment_fits_its_production_mesh(name):
             chosen, sharding.abstract_layout(chosen.mesh, count, platform)
         )
         state = train.abstract_state(prog)
-        B, T = chosen.train.batch_size, chosen.data.length
-        ids = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32)
-        shapes = {k: ((B, T), d) for k, d in ids.items()} | {
-            "weights": ((B, T), jnp.float32),
-            "bytes": ((B,), jnp.int32),
-            "index": ((B,), jnp.uint32),
-        }
-        if getattr(chosen.objective, "labels", ()):  # a row has one target
-            shapes |= {"targets": ((B,), jnp.int32), "weights": ((B,), jnp.float32)}
-        batch_spec = prog.batch_sharding().spec
-        batch = {
-            k: jax.ShapeDtypeStruct(
-                s,
-                d,
-                sharding=prog.sharding(
-                    jax.sharding.PartitionSpec(*batch_spec[: len(s)])
-                ),
-            )
-            for k, (s, d) in shapes.items()
-        }
+        batch = train.abstract_batch(prog)
         new, metrics = jax.eval_shape(train.make_train_step(prog), state, batch)
         for (path, a), b in zip(
             trees.flatten(state).items(), jax.tree.leaves(new), strict=True

@@ -42,6 +42,7 @@ Objective: TypeAlias = (
     Causal | Prefix | Masked | SpanCorruption | Seq2Seq | Sft | Classification
 )
 TWO_FIELDS = (Seq2Seq, Sft, Classification)
+ANSWERED = (Seq2Seq, Sft)  # whose second text a model can be asked for
 
 _EVALUATION = 0  # the seed of what is drawn at random where nothing is trained
 
@@ -180,6 +181,14 @@ def evaluation(
     rows = loader.evaluation(_text(objective, data), part, stride)
     change = _change(objective, data, part, coder, _EVALUATION)
     return rows if change is None else rows.map_with_index(change)
+
+
+def asked(
+    objective: Objective, data: Data, part: Store, coder: Tokenizer
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns of each document that rows hold the ids given and those of the text wanted."""
+    rows: Any = _records(objective, data, part, coder)
+    return [rows.asked(number) for number in rows.kept.tolist()]
 
 
 def _text(objective: Objective, data: Data) -> Data:

@@ -39,7 +39,19 @@ class Sft(CrossEntropy):
     long: Long = "refuse"  # documents that do not fit into a row
 
 
-class Pairs(Records):
+class Answered(Records):
+    """Rows of documents whose second text a model can be asked for, given the first."""
+
+    def asked(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids that a document's second text is generated from, and of that text.
+
+        Those of a prompt are as `generate.encode` gives them. The second text is whole, and
+        without marks.
+        """
+        raise NotImplementedError
+
+
+class Pairs(Answered):
     """Rows of `Seq2Seq`.
 
     inputs, input_segments, input_positions  int32[T]  first texts, each closed by end of text
@@ -57,6 +69,10 @@ class Pairs(Records):
         ]
         super().__init__(store, lengths(store), limits, objective.long)
 
+    def asked(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        first, second = self.document(number)
+        return first[:-1][: self.shape[0]], second[1:-1]
+
     def row(self, index: int) -> Row:
         T, U = self.shape
         pairs = self.documents(index)
@@ -69,7 +85,7 @@ class Pairs(Records):
         }
 
 
-class Answers(Records):
+class Answers(Answered):
     """Rows of `Sft`: those of `lm.data.packing`, with weight on the answers and their ends."""
 
     def __init__(self, objective: Sft, store: Store, length: int) -> None:
@@ -80,6 +96,10 @@ class Answers(Records):
         # Where the prompt alone fills a row, nothing would be scored.
         hopeless = sizes[:, 0] > length
         super().__init__(store, total[:, None], limits, objective.long, hopeless)
+
+    def asked(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        prompt, answer = self.document(number)
+        return prompt[:-1], answer[1:-1]
 
     def row(self, index: int) -> Row:
         texts, given = [], []

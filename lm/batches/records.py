@@ -78,21 +78,28 @@ class Records(grain.MapDataset):
         raise NotImplementedError
 
     def documents(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns the two texts of each document of a row, end of text around both.
+        """Returns the two texts of each document of a row, see `document`."""
+        epoch, at = divmod(index, len(self))
+        del epoch  # every epoch has the same rows
+        of_row = self._order[self._first[at] : self._first[at + 1]]
+        return [self.document(number) for number in of_row.tolist()]
+
+    def document(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the two texts of a document, end of text around both.
 
         `[eot] a b [eot]` and `[eot] c [eot]`: the one that ends the first begins the second.
         """
-        epoch, at = divmod(index, len(self))
-        del epoch  # every epoch has the same rows
-        found = []
-        for document in self._order[self._first[at] : self._first[at + 1]].tolist():
-            first, second = self.starts[document].tolist()
-            end = self.store.tokens
-            if document + 1 < len(self.starts):
-                end = int(self.starts[document + 1, 0])
-            stream = self.store.read(first, end - first + 1).astype(np.int32)
-            found.append((stream[: second - first + 1], stream[second - first :]))
-        return found
+        first, second = self.starts[number].tolist()
+        end = self.store.tokens
+        if number + 1 < len(self.starts):
+            end = int(self.starts[number + 1, 0])
+        stream = self.store.read(first, end - first + 1).astype(np.int32)
+        return stream[: second - first + 1], stream[second - first :]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The numbers of the documents that are in a row, in the order of the store."""
+        return np.sort(self._order)
 
 
 def lengths(store: Store) -> np.ndarray:

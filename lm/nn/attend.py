@@ -246,25 +246,18 @@ def attend(
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
     kv_spec = sharding.spec("batch", "length", "kv_heads", None)
     tokens = sharding.spec("batch", "length")
-    lse_spec = (
-        ()
-        if chosen == "splash"
-        else (sharding.spec("batch", "kv_heads", None, "length"),)
-    )
-    ins = (q_spec, kv_spec, kv_spec, tokens, tokens, tokens, tokens)
-    ids = (
-        q_tokens.positions,
-        q_tokens.segments,
-        kv_tokens.positions,
-        kv_tokens.segments,
-    )
-    given = (q_BTKGH, k_BSKH, v_BSKH, *ids)
+    outs = [q_spec]
+    if chosen != "splash":
+        outs.append(sharding.spec("batch", "kv_heads", None, "length"))
+    ins = [q_spec, kv_spec, kv_spec, tokens, tokens, tokens, tokens]
+    given = [q_BTKGH, k_BSKH, v_BSKH]
+    for of in (q_tokens, kv_tokens):
+        given += [of.positions, of.segments]
     if bias_RKGTS is not None:
-        ins = (*ins, sharding.spec("batch", "kv_heads", None, "length", None))
-        given = (*given, bias_RKGTS)
-    call = manual.manual(body, ins, (q_spec, *lse_spec), "attention")
-    out = call(*given)
-    return out[0], out[1] if lse_spec else None
+        ins.append(sharding.spec("batch", "kv_heads", None, "length", None))
+        given.append(bias_RKGTS)
+    out = manual.manual(body, tuple(ins), tuple(outs), "attention")(*given)
+    return out[0], out[1] if len(out) > 1 else None
 
 
 def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg, bias=None):
@@ -292,7 +285,7 @@ def _capability(layout: sharding.Layout) -> float:
     return float(getattr(layout.mesh.devices.flat[0], "compute_capability", 0))
 
 
-def _cudnn(mask, q, k, v):
+def _cudnn(mask: Mask, q: Any, k: Any, v: Any) -> Any:
     if isinstance(sharding.current().mesh, AbstractMesh):
         return _in_name(mask.causal, q, k, v)
     window = None if mask.window is None else (mask.window - 1, 0)
@@ -318,8 +311,8 @@ def _in_name(causal: bool, q: Any, k: Any, v: Any) -> Any:
 
 
 def _in_name_forward(causal: bool, q: Any, k: Any, v: Any) -> Any:
-    out, lse = _in_name(causal, q, k, v)
-    return (out, lse), (q, k, v, out, lse)
+    made: Any = _in_name(causal, q, k, v)
+    return made, (q, k, v, *made)
 
 
 def _in_name_backward(causal: bool, kept: Any, grads: Any) -> Any:

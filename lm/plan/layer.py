@@ -12,18 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import gathering, gradients, objectives, sharding, train, trees
 from lm.models import stack
-from lm.nn import attend, blockwise
-from lm.nn.attention import Attention
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.nn.blockwise import Tokens
-from lm.nn.latent import Latent
-from lm.plan import jaxprs, local
+from lm.plan import jaxprs, local, pairs
 from lm.program import STACK, Program
 
 REPEATS = 2  # layers that are traced: fewer would be no loop
@@ -94,7 +91,10 @@ def costs(prog: Program, rough: bool = False) -> Costs:
 
 def _costs(prog: Program, count: int) -> Costs:
     trace = _Trace(prog, count)
-    blocks = [trace.chunk()] if prog.staged else trace.groups()
+    if isinstance(prog.experiment.model, EncoderDecoder.Config):
+        blocks = [trace.both()]
+    else:
+        blocks = [trace.chunk()] if prog.staged else trace.groups()
     return Costs(blocks=tuple(blocks), embed=trace.embed(), head=trace.head())
 
 
@@ -119,7 +119,7 @@ def rows(prog: Program) -> int:
 
 def stream(prog: Program) -> int:
     """Returns the bytes of a microbatch's residual stream on a device."""
-    trace = _Trace(prog)
+    trace = _Trace(prog, rows(prog))
     return local.size(trace.stream(trace.inner))
 
 
@@ -221,6 +221,23 @@ class _Trace:
             bytes_backward=cost.bytes_forward + cost.bytes_backward,
         )
 
+    def both(self) -> Group:
+        """Two stacks with all their layers, and the embedding of what the encoder reads."""
+        model = self.model
+        assert isinstance(model, EncoderDecoder.Config)
+        blocks = (*model.encoder_blocks, *model.blocks)
+        cost = _once(("both", self.remat, *self.key), self._both)
+        return Group(what="encoder and decoder", count=1, layers=len(blocks), cost=cost)
+
+    def _both(self) -> Cost:
+        prog, params = self.ends, _params(self.ends, None)
+
+        def run(params: Any, some: Any) -> Any:
+            keys = gradients.keys(prog, some, jnp.int32(0))
+            return prog.model(params).read(some, keys, prog.packed)
+
+        return self._traced(prog, run, (params,), (_batch(prog, self.rows),))
+
     def embed(self) -> Cost:
         """The embedding."""
         return _once(("embed", *self.key), self._embed)
@@ -300,7 +317,7 @@ class _Trace:
 
         with sharding.use(prog.layout):
             traced = jax.make_jaxpr(both)(given, others)
-        found = jaxprs.gradient(traced, MARK, _unsaid(prog, blocks))
+        found = jaxprs.gradient(traced, MARK, pairs.unsaid(prog, blocks))
         ahead, behind = found.forward, found.backward
         kept = sum(
             size for shape, size in found.kept if not loop or shape[:1] == (REPEATS,)
@@ -379,42 +396,3 @@ def _words(blocks: Sequence[stack.Block.Config]) -> str:
         parts[0] += f" {window}" if window else ""
         kinds.append(" + ".join(parts))
     return ", ".join(dict.fromkeys(kinds))
-
-
-def _unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid:
-    """What traces of these layers do not say: of attention, the mean of the layers."""
-    found = [p for p in (_pairs(prog, block) for block in blocks) if p]
-    # A device has room for all tokens of those that share the experts, and its part of them.
-    rows = 1 / prog.layout.size("expert")
-    # XLA for GPUs puts off what nothing waits for.
-    late = prog.layout.platform == "gpu"
-    if not found:
-        return jaxprs.Unsaid(rows=rows, late=late)
-    pairs = sum(count for count, _ in found) / len(found)
-    return jaxprs.Unsaid(pairs=pairs, hops=found[0][1], rows=rows, late=late)
-
-
-def _pairs(prog: Program, block: stack.Block.Config) -> tuple[float, int] | None:
-    """Pairs of blocks that attention computes on a device, and in how many loops."""
-    mixer, layout = block.mixer, prog.layout
-    if not isinstance(mixer, Attention.Config | Latent.Config):
-        return None
-    row = attend.Row(
-        layout=layout,
-        length=train.abstract_batch(prog)["tokens"].shape[1],
-        dtype=str(prog.experiment.model.compute(layout.platform)),
-        packed=prog.packed,
-    )
-    case = mixer.case(row, block.dim // block.heads)
-    how = case.choose(mixer.implementation)
-    if how not in ("blockwise", "splash"):
-        return None
-    n = row.shards
-    size = case.block() if how == "blockwise" else attend.tile(row.length, row.length)
-    # Of rows that are one document each: packed ones need no more.
-    place = sharding.order(row.length, n).astype(np.int32)[None]
-    tokens = Tokens(place, np.ones_like(place))
-    mask = dataclasses.replace(case.mask, ordered=n == 1)
-    needed = blockwise.needed(mask, size, tokens, tokens)
-    ring = n > 1 and case.share(mixer.context) == "ring"
-    return float(needed.sum()) / n, n if ring else 1

@@ -83,7 +83,7 @@ def plan(
         changes=changes,
         parameters=parameters(prog),
         active=active(prog),
-        tokens_per_step=experiment.train.batch_size * experiment.data.length,
+        tokens_per_step=speed.tokens_of(prog),
         steps=experiment.train.steps,
         optimal_tokens=CHINCHILLA * sum(parameters(prog).values()),
         memory=found,
@@ -93,9 +93,24 @@ def plan(
         return made
     made = modelled(made, prog, wanted, price)
     if depth == "compile":
-        result = compiling.compiled(experiment, wanted, say)
+        result = compiling.compiled(experiment, wanted, progress(wanted, say))
         made = dataclasses.replace(made, compiled=result)
     return made
+
+
+def progress(
+    wanted: Target, say: Callable[[str], None], every: float = 10.0
+) -> Callable[[float], None]:
+    """Returns what says every few seconds how long the compiler has been at work."""
+    said = 0.0
+
+    def tell(seconds: float) -> None:
+        nonlocal said
+        if seconds >= said + every:
+            said = seconds
+            say(f"compiling for {wanted.name}: {seconds:.0f} s")
+
+    return tell
 
 
 def modelled(made: Plan, prog: Program, wanted: Target, price: float | None) -> Plan:

@@ -18,6 +18,7 @@ from lm.plan import jaxprs, layer, local, placement, report
 from lm.program import STACK, Program
 
 FP32 = 4
+_each: dict[Any, float] = {}  # bytes of an optimizer's state for a byte of parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,21 @@ class State:
     batch: int
 
 
-def state(prog: Program) -> State:
-    """Returns the bytes of the train state and of a batch on a device."""
+def state(prog: Program, rough: bool = False) -> State:
+    """Returns the bytes of the train state and of a batch on a device.
+
+    Where it may be `rough`, the optimizer has as many for an entry as when it was looked at first.
+    """
+    if rough:
+        key = repr(prog.experiment.optim), tuple(prog.shapes.items())
+        entries = _bytes([_shape(prog, p, prog.updates[p]) for p in prog.shapes])
+        if key not in _each:
+            _each[key] = state(prog).optimizer / entries
+        return State(
+            parameters=_bytes([_shape(prog, p, prog.specs[p]) for p in prog.shapes]),
+            optimizer=round(_each[key] * entries),
+            batch=_bytes(train.abstract_batch(prog)),
+        )
     stored = trees.nest({p: _shape(prog, p, prog.specs[p]) for p in prog.shapes})
     placed = trees.nest({p: _shape(prog, p, prog.updates[p]) for p in prog.shapes})
 
@@ -48,14 +62,18 @@ def state(prog: Program) -> State:
     )
 
 
-def memory(prog: Program) -> report.Memory:
-    """Returns what the fullest device holds at the fullest moment of a step."""
-    return max(moments(prog).values(), key=lambda m: m.total)
+def memory(prog: Program, rough: bool = False) -> report.Memory:
+    """Returns what the fullest device holds at the fullest moment of a step.
+
+    `rough` is for searches, see `layer.costs`.
+    """
+    return max(moments(prog, rough).values(), key=lambda m: m.total)
 
 
-def moments(prog: Program) -> dict[str, report.Memory]:
+def moments(prog: Program, rough: bool = False) -> dict[str, report.Memory]:
     """Returns what the fullest device holds at each moment that may be the fullest."""
-    costs, there, grads = layer.costs(prog), state(prog), gradient(prog)
+    costs, there = layer.costs(prog, rough), state(prog, rough)
+    grads = gradient(prog)
     kept = _kept(prog, costs)
     kept["ids"] = there.batch
     held = placement.gathered_bytes(prog)
@@ -75,7 +93,7 @@ def moments(prog: Program) -> dict[str, report.Memory]:
         )
         return dataclasses.replace(found, collectives=found.collectives + held)
 
-    return {
+    found = {
         "loss": moment(
             gradients=grads.sums + early,
             loss=head.working_forward + head.kept - head.gathered_forward,
@@ -86,12 +104,14 @@ def moments(prog: Program) -> dict[str, report.Memory]:
             layer=again + block.working_backward - block.gathered_backward,
             collectives=block.gathered_backward + grads.waiting,
         ),
-        "update": moment(
+    }
+    if not rough:
+        found["update"] = moment(
             gradients=grads.sums or grads.layers + grads.ends,
             layer=update(prog).peak,
             activations={"ids": there.batch},
-        ),
-    }
+        )
+    return found
 
 
 def update(prog: Program) -> jaxprs.Total:

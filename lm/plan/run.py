@@ -88,7 +88,7 @@ def _confirmed(
 ) -> Candidate | None:
     """Returns the row with the compiler's bytes, None where it does not fit after all."""
     changed = config.override(experiment, list(row.change))
-    result = compiling.compiled(changed, wanted, say)
+    result = compiling.compiled(changed, wanted, make.progress(wanted, say))
     if result.refusal or result.total > wanted.chip.hbm:
         return None
     return dataclasses.replace(row, memory=result.total, confirmed=True)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from lm import sharding
+from lm import batches, sharding
 from lm.config import ConfigError
 from lm.plan import flops, layer, minimum
 from lm.plan.chips import Chip
@@ -37,8 +37,11 @@ def work(prog: Program, rough: bool = False) -> Work:
     """Returns what a device computes in a step; `rough` as of `layer.costs`."""
     e = prog.experiment
     length, devices = e.data.length, prog.layout.mesh.size
-    tokens = e.train.batch_size * length / devices
-    one, full = (flops.forward(e.model, length, causal=c) for c in (True, False))
+    written = batches.written(e.objective, e.data)
+    tokens = e.train.batch_size * written / devices
+    one, full = (
+        flops.forward(e.model, length, causal=c, written=written) for c in (True, False)
+    )
     computed, moved = _passes(prog, rough)
     return Work(
         forward_flops=one,
@@ -127,7 +130,7 @@ def times(
     memory = computed.hbm_bytes / chip.bandwidth
     alone = sum(t.seconds for t in sent)
     exposed = alone - sum(t.hidden for t in sent)
-    tokens = prog.experiment.train.batch_size * prog.experiment.data.length
+    tokens = tokens_of(prog)
     on_device = products + memory + exposed
     host = max(0.0, tokens / hosts / FEED - on_device)
     parts = {
@@ -160,6 +163,12 @@ def _useful(prog: Program) -> float:
     return 3 * jobs / (runs.forward + 2 * runs.backward)
 
 
+def tokens_of(prog: Program) -> int:
+    """Returns the tokens of a step in which something is predicted."""
+    e = prog.experiment
+    return e.train.batch_size * batches.written(e.objective, e.data)
+
+
 def speed(
     prog: Program, wanted: Target, computed: Work, spent: Time, price: float | None
 ) -> Speed:
@@ -169,7 +178,7 @@ def speed(
     total = step * e.train.steps
     hours = wanted.devices * total / 3600
     return Speed(
-        tokens_per_second=e.train.batch_size * e.data.length / step,
+        tokens_per_second=tokens_of(prog) / step,
         mfu=computed.model_flops / chip.bf16 / step,
         mfu_full=computed.model_flops_full / chip.bf16 / step,
         days=total / 86400,

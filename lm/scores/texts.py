@@ -8,7 +8,7 @@ import collections
 import re
 import string
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lm.config import ConfigError
 
@@ -16,8 +16,38 @@ References = (
     Sequence[str] | Sequence[Sequence[str]]
 )  # one for each hypothesis, or several
 
+Name: TypeAlias = Literal["bleu", "chrf", "rouge", "exact_match", "answer_f1"]
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def scores(
+    names: Sequence[Name], hypotheses: Sequence[str], references: References
+) -> dict[str, Any]:
+    """Returns the scores of these names, and the signature of those that have one."""
+    found: dict[str, Any] = {}
+    for name in names:
+        values = _SCORES[name](hypotheses, references)
+        if not isinstance(values, dict):
+            values = {name: values}
+        if "signature" in values:
+            values[f"{name}_signature"] = values.pop("signature")
+        found |= values
+    return found
+
+
+def require(names: Sequence[Name]) -> None:
+    """Checks that the packages which these scores need are there.
+
+    Raises:
+        ConfigError: one is not, with how to install it.
+    """
+    for name in names:
+        if name in ("bleu", "chrf"):
+            _metrics(name)
+        elif name == "rouge":
+            _rouge_scorer()
 
 
 def bleu(hypotheses: Sequence[str], references: References) -> dict[str, Any]:
@@ -39,11 +69,7 @@ def _sacrebleu(
             f"{name.lower()}: every text needs the same number of references, there are "
             f"{min(map(len, several))} to {max(map(len, several))}"
         )
-    try:
-        from sacrebleu import metrics
-    except ImportError as error:
-        raise _missing(name.lower(), "sacrebleu") from error
-    metric = getattr(metrics, name)()
+    metric = getattr(_metrics(name.lower()), name)()
     streams = [list(stream) for stream in zip(*several, strict=True)]
     score = metric.corpus_score(list(hypotheses), streams).score
     return {name.lower(): score, "signature": str(metric.get_signature())}
@@ -55,10 +81,7 @@ def rouge(hypotheses: Sequence[str], references: References) -> dict[str, float]
     Words are stemmed. Of several references each hypothesis gets its best.
     """
     several = _several(hypotheses, references)
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise _missing("rouge", "rouge-score") from error
+    rouge_scorer = _rouge_scorer()
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
     found = [
@@ -120,7 +143,32 @@ def _several(hypotheses: Sequence[str], references: References) -> list[Sequence
     return several
 
 
+def _metrics(name: str) -> Any:
+    try:
+        from sacrebleu import metrics
+    except ImportError as error:
+        raise _missing(name, "sacrebleu") from error
+    return metrics
+
+
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise _missing("rouge", "rouge-score") from error
+    return rouge_scorer
+
+
 def _missing(what: str, package: str) -> ConfigError:
     return ConfigError(
         f"{what} needs the package {package}; install it with `pip install {package}`"
     )
+
+
+_SCORES: dict[str, Callable[[Sequence[str], References], Any]] = {
+    "bleu": bleu,
+    "chrf": chrf,
+    "rouge": rouge,
+    "exact_match": exact_match,
+    "answer_f1": answer_f1,
+}
