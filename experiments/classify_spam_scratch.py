@@ -33,7 +33,9 @@ def experiment() -> Experiment:
             holdout=0.0,
             tokenizer=SentencePiece(model_type="bpe", sample_bytes=8_000_000),
         ),
-        objective=Classification(labels=("ham", "spam"), words=Words(lower=True)),
+        objective=Classification(
+            labels=("ham", "spam"), words=Words(lower=True), long="ends"
+        ),
         optim=Optim(learning_rate=1e-3, schedule=Cosine(warmup=50)),
         train=Train(steps=400, batch_size=32),
         eval=Eval(

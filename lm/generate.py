@@ -85,9 +85,7 @@ def texts(
             whose logits are not finite.
     """
     if kinds.head(prog.experiment.model) is not None:
-        raise ConfigError(
-            "a model with model.head reads whole texts, and continues none"
-        )
+        raise ConfigError("a model.head reads whole texts and continues none")
     ids = encode(coder, prompts, prog.experiment.data.length)
     return continued(prog, params, coder, ids, config, report)
 
