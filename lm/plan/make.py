@@ -64,11 +64,7 @@ def plan(
         topology.check(wanted)
     prog = train.program(experiment, wanted.layout(experiment.mesh))
     checked(prog)
-    found = state_only(prog)
-    ways = {
-        axis: Way(link=link, rate=rate)
-        for axis, (rate, link) in wanted.ways(dict(prog.layout.mesh.shape)).items()
-    }
+    mesh = dict(prog.layout.mesh.shape)
     made = Plan(
         experiment=experiment.name,
         about=experiment.about,
@@ -77,8 +73,8 @@ def plan(
         chip=wanted.chip,
         devices=wanted.devices,
         hosts=wanted.hosts,
-        mesh=dict(prog.layout.mesh.shape),
-        ways=ways,
+        mesh=mesh,
+        ways={a: Way(link=w[1], rate=w[0]) for a, w in wanted.ways(mesh).items()},
         slices=wanted.slices,
         changes=changes,
         parameters=parameters(prog),
@@ -86,7 +82,7 @@ def plan(
         tokens_per_step=speed.tokens_of(prog),
         steps=experiment.train.steps,
         optimal_tokens=CHINCHILLA * sum(parameters(prog).values()),
-        memory=found,
+        memory=state_only(prog),
         notes=tuple(prog.unused),
     )
     if depth == "types":

@@ -71,7 +71,7 @@ def _search(experiment: Experiment, wanted: Target, depth: str, say: Say) -> Non
             f"--target={wanted.name}: none of {count} candidates fits into "
             f"{wanted.chip.hbm / 2**30:.0f} GiB a device; use more devices, or a smaller model"
         )
-    say(f"{count} candidates, {len(found)} fit")
+    say(f"{count} candidates; of the best, looked at exactly, {len(found)} fit")
     rows = search.ranked(found[:SHOWN], experiment)
     if depth == "compile":
         topology.check(wanted)

@@ -6,6 +6,7 @@ refuses, or that do not fit into memory, are left out.
 
 import dataclasses
 import itertools
+import math
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,8 +21,9 @@ from lm.nn.moe import Moe
 from lm.plan import memory, speed
 from lm.plan.report import Advice, Candidate, Plan
 from lm.plan.target import Target
+from lm.program import Program
 
-GIB = 2**30
+KEPT = 12  # of the best candidates are looked at exactly
 REMATS = tuple(r for r in typing.get_args(stack.Remat) if r != "offload")
 
 
@@ -50,6 +52,8 @@ def tried(
     try:
         changed = config.override(experiment, list(sets))
         prog = train.program(changed, wanted.layout(changed.mesh))
+        if rough and _state(prog) > wanted.chip.hbm:
+            return None  # nothing else needs to be looked at
         held = memory.memory(prog, rough)
         computed = speed.work(prog, rough)
         sent, _ = speed.refused(prog, wanted)
@@ -60,6 +64,12 @@ def tried(
     spent = speed.times(prog, wanted.chip, computed, sent, wanted.hosts)
     mfu = computed.model_flops / wanted.chip.bf16 / spent.step
     return Found(tuple(sets), held.total, spent.step, mfu, spent.limit)
+
+
+def _state(prog: Program) -> int:
+    """Bytes of parameters and optimizer on a device."""
+    there = memory.state(prog, rough=True)
+    return there.parameters + there.optimizer
 
 
 def neighbours(experiment: Experiment, layout: sharding.Layout) -> Iterator[list[str]]:
@@ -91,7 +101,7 @@ def advice(
 ) -> tuple[Advice, ...]:
     """Returns the cheapest changes: those that make it fit, else those that make it faster.
 
-    Changes of one thing; where none of them makes it fit, of two.
+    Changes of one thing; where none of them makes it fit, of two. Looked at roughly first.
     """
     assert plan.time is not None, "advice needs the model's depth"
     layout = wanted.layout(experiment.mesh)
@@ -101,35 +111,33 @@ def advice(
     if not now.fits(wanted) and not any(f.fits(wanted) for f in found):
         pairs = [a + b for a, b in itertools.combinations(ones, 2) if _apart(a, b)]
         found += _tried(experiment, pairs, wanted)
-    good = [f for f in found if f.fits(wanted)]
+    good = exactly(experiment, found, wanted, 2 * most)
     if now.fits(wanted):
         good = [f for f in good if f.step < 0.97 * now.step]
-    good = sorted(good, key=lambda f: f.step)[:most]
-    return tuple(
-        Advice(
-            change=f.sets, memory=f.bytes, step=f.step, effect=_effect(f, now, wanted)
-        )
-        for f in good
-    )
+    good = good[:most]
+    return tuple(Advice(change=f.sets, memory=f.bytes, step=f.step) for f in good)
 
 
 def _tried(
     experiment: Experiment, changes: Iterable[list[str]], wanted: Target
 ) -> list[Found]:
-    found = (tried(experiment, sets, wanted) for sets in changes)
+    found = (tried(experiment, sets, wanted, rough=True) for sets in changes)
     return [f for f in found if f is not None]
+
+
+def exactly(
+    experiment: Experiment, found: Iterable[Found], wanted: Target, most: int
+) -> list[Found]:
+    """Returns the fastest of those that fit, each looked at again, exactly."""
+    fits = sorted((f for f in found if f.fits(wanted)), key=lambda f: f.step)
+    again = (tried(experiment, f.sets, wanted) for f in fits[:most])
+    good = [f for f in again if f is not None and f.fits(wanted)]
+    return sorted(good, key=lambda f: f.step)
 
 
 def _apart(a: Sequence[str], b: Sequence[str]) -> bool:
     names = [s.split("=")[0] for s in (*a, *b)]
     return len(set(names)) == len(names)
-
-
-def _effect(f: Found, now: Found, wanted: Target) -> str:
-    held = f"{now.bytes / GIB:.1f} → {f.bytes / GIB:.1f} GiB of {wanted.chip.hbm / GIB:.0f}"
-    change = f.step / now.step - 1
-    words = "as fast" if abs(change) < 0.005 else f"a step takes {change:+.0%}"
-    return f"{held}, {words}"
 
 
 def candidates(experiment: Experiment, wanted: Target) -> Iterator[tuple[str, ...]]:
@@ -139,14 +147,13 @@ def candidates(experiment: Experiment, wanted: Target) -> Iterator[tuple[str, ..
         base = [f"mesh.{a}={n}" for a, n in mesh.items()]
         tensor = mesh["tensor"] > 1
         batch = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-        for parallel in (False, True) if tensor else (False,):
-            sets = [*base, f"mesh.sequence_parallel={str(parallel).lower()}"]
-            for A, M, schedule in _flows(e, mesh["pipe"], batch):
-                flow = [f"train.accumulate={A}", *schedule]
-                if M:
-                    flow.append(f"pipeline.microbatches={M}")
-                for remat in REMATS:
-                    yield (*sets, *flow, f"model.remat={remat}")
+        sets = [*base, f"mesh.sequence_parallel={str(tensor).lower()}"]
+        for A, M, schedule in _flows(e, mesh["pipe"], batch):
+            flow = [f"train.accumulate={A}", *schedule]
+            if M:
+                flow.append(f"pipeline.microbatches={M}")
+            for remat in REMATS:
+                yield (*sets, *flow, f"model.remat={remat}")
 
 
 def _flows(
@@ -191,7 +198,9 @@ def meshes(e: Experiment, wanted: Target) -> Iterator[dict[str, int]]:
                 seqs = 1 if isinstance(model, Recurrent.Config) else e.data.length
                 for seq in _divisors(left // expert, min(seqs // 4096, 64)):
                     rest = left // expert // seq
-                    for fsdp in _divisors(rest, rest):
+                    for fsdp in sorted(
+                        {1, rest, math.gcd(rest, max(near // tensor, 1))}
+                    ):
                         data = rest // fsdp
                         if e.train.batch_size % (data * fsdp * expert):
                             continue
@@ -206,17 +215,17 @@ def _divisors(n: int, most: int) -> list[int]:
 def search(
     experiment: Experiment, wanted: Target, say: Any = lambda done, best: None
 ) -> tuple[list[Found], int]:
-    """Returns the candidates that fit, fastest first, and how many were looked at."""
+    """Returns the fastest candidates that fit, and how many were looked at; `say` hears of both."""
     found: list[Found] = []
     count = 0
     for sets in candidates(experiment, wanted):
         count += 1
-        one = tried(experiment, sets, wanted)
+        one = tried(experiment, sets, wanted, rough=True)
         if one is not None and one.fits(wanted):
             found.append(one)
-        if count % 50 == 0:
+        if count % 500 == 0:
             say(count, min((f.step for f in found), default=None))
-    return sorted(found, key=lambda f: f.step), count
+    return exactly(experiment, found, wanted, KEPT), count
 
 
 def ranked(found: Sequence[Found], experiment: Experiment) -> list[Candidate]:
