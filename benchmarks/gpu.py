@@ -144,7 +144,7 @@ def _row(label: str, result: dict[str, Any], gpt: Any) -> str:
     model = step.experiment(gpt).model
     rate = result["tokens"] / result["best"]
     kind = result["device"]
-    peak = next((flop for name, flop in chips.PEAK.items() if name in kind), None)
+    peak = chips.peak(kind)
     costs = [flops.train(model, gpt.length, causal=c) for c in (False, True)]
     used = [f"{rate * cost / peak:.1%}" if peak else "?" for cost in costs]
     memory = f"{result['peak'] / 2**30:.1f}" if result["peak"] else "?"

@@ -63,10 +63,9 @@ def program(*sets: str) -> Any:
 def compiled(prog: Any) -> tuple[Any, float]:
     """Returns the compiled step and the CPU seconds that XLA took for it."""
     from lm import train
-    from lm.plan import communication
 
     step: Any = train.make_train_step(prog)
-    lowered = step.lower(train.abstract_state(prog), communication.batch(prog))
+    lowered = step.lower(train.abstract_state(prog), train.abstract_batch(prog))
     began = time.process_time()
     return lowered.compile(), time.process_time() - began
 

@@ -44,5 +44,5 @@ def experiment() -> Experiment:
         train=Train(steps=19_000, batch_size=512, accumulate=2),
         eval=Eval(every=1000, sets=(EvalSet(split="test", batches=20),)),
         checkpoint=Checkpoint(every=1000, keep_period=5000),
-        devices=8,
+        target="h100:8",
     )

@@ -45,5 +45,5 @@ def experiment() -> Experiment:
         train=Train(steps=24_000, batch_size=256, accumulate=4),
         eval=Eval(every=1000, sets=(EvalSet(batches=20),)),
         checkpoint=Checkpoint(every=1000, keep_period=5000),
-        devices=8,
+        target="h100:8",
     )

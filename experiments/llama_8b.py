@@ -45,5 +45,5 @@ def experiment() -> Experiment:
         train=Train(steps=40_000, batch_size=512, accumulate=2),
         eval=Eval(every=1000, sets=(EvalSet(batches=20),)),
         checkpoint=Checkpoint(every=1000, keep_period=10_000),
-        devices=64,
+        target="v5p:4x4x4",
     )

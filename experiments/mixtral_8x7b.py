@@ -1,4 +1,4 @@
-"""Mixtral's 8x7B shape on 64 GPUs or chips: expert 8 x fsdp 8."""
+"""Mixtral's 8x7B shape on a TPU v6e pod of 256 chips: expert 8 x fsdp 32."""
 
 from lm.data.loader import Data
 from lm.data.tokenizer import SentencePiece
@@ -41,9 +41,9 @@ def experiment() -> Experiment:
             learning_rate=3e-4,
             schedule=Cosine(warmup=2000),
         ),
-        mesh=MeshConfig(data=1, fsdp=8, expert=8),
+        mesh=MeshConfig(data=1, fsdp=32, expert=8),
         train=Train(steps=40_000, batch_size=512),
         eval=Eval(every=1000, sets=(EvalSet(batches=20),)),
         checkpoint=Checkpoint(every=1000, keep_period=10_000),
-        devices=64,
+        target="v6e:16x16",
     )

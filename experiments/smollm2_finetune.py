@@ -53,5 +53,5 @@ def experiment() -> Experiment:
         eval=Eval(every=0, sets=(EvalSet(batches=2),)),
         checkpoint=Checkpoint(every=0, keep=1),
         generate=Generate(tokens=20, prompts=("Call me",)),
-        devices=8,
+        target="cpu:8",
     )

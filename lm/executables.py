@@ -89,7 +89,7 @@ def _path(
     if not root or "://" in root or cpus or jax.process_count() > 1:
         return None
     types = [(str(jax.typeof(x)), str(x.sharding)) for x in leaves]
-    here = ([d.id for d in devices], _machine(devices[0]), _source())
+    here = ([d.id for d in devices], _machine(devices[0]), source())
     whole = (types, str(tree), here, sorted(made_from.items()))
     key = hashlib.sha256(repr(whole).encode()).hexdigest()
     return pathlib.Path(root) / FOLDER / key
@@ -102,11 +102,16 @@ def _machine(device: Any) -> tuple[Any, ...]:
         jax.device_count(),
         device.client.platform_version,
         platform.python_version(),
-        [importlib.metadata.version(name) for name in PACKAGES],
+        versions(),
         [os.environ.get(name, "") for name in OPTIONS],
         sorted((name, str(value)) for name, value in jax.config.values.items()),
         _instructions() if device.platform == "cpu" else "",
     )
+
+
+def versions(packages: Sequence[str] = ()) -> list[str]:
+    """Returns those of the packages that programs are made by, and of more of them."""
+    return [importlib.metadata.version(name) for name in (*PACKAGES, *packages)]
 
 
 def _instructions() -> str:
@@ -120,8 +125,8 @@ def _instructions() -> str:
 
 
 @functools.cache
-def _source() -> str:
-    """A hash of the package's code."""
+def source() -> str:
+    """Returns a hash of the package's code."""
     root, digest = pathlib.Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())

@@ -10,7 +10,6 @@ from lm.config import ConfigError, kind, nearest
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
 from lm.models import kinds
-from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.recurrent import Recurrent
 from lm.models.timetable import Pipeline
@@ -158,7 +157,7 @@ class Experiment:
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     generate: Generate = Generate()
-    devices: int | None = None  # that the mesh is meant for; None: whatever there is
+    target: str = "cpu:1"  # the devices that it is meant for, see lm/plan/target.py
 
     def __post_init__(self) -> None:
         positions = self.model.learned
@@ -168,10 +167,10 @@ class Experiment:
                 f"data.length={self.data.length}: raise it, or use --set model.positions=Rope"
             )
         refuse(self.objective, self.model)
-        if isinstance(self.model, Encoder.Config) and self.generate.prompts:
+        if kinds.head(self.model) is not None and self.generate.prompts:
             raise ConfigError(
-                f"generate.prompts={self.generate.prompts}: model=Encoder reads whole texts and "
-                "continues none; set generate.prompts=()"
+                f"generate.prompts={self.generate.prompts}: model={kind(type(self.model))} reads "
+                "whole texts and continues none; set generate.prompts=()"
             )
         batches.check(self.objective, self.data)
         if self.eval.scores and not isinstance(self.objective, batches.ANSWERED):

@@ -31,7 +31,7 @@ from lm import beam, sampling, sharding, stacked, trees
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Generate
-from lm.models.encoder import Encoder
+from lm.models import kinds
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
 from lm.nn.blockwise import Tokens
@@ -84,8 +84,8 @@ def texts(
         ConfigError: a prompt that is longer than the context or no text, or weights
             whose logits are not finite.
     """
-    if isinstance(prog.experiment.model, Encoder.Config):
-        raise ConfigError("model=Encoder reads whole texts and continues none")
+    if kinds.head(prog.experiment.model) is not None:
+        raise ConfigError("a model.head reads whole texts and continues none")
     ids = encode(coder, prompts, prog.experiment.data.length)
     return continued(prog, params, coder, ids, config, report)
 

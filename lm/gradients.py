@@ -46,7 +46,7 @@ def of(
             prog.experiment.objective,
             prog.model(params),
             batch,
-            _keys(prog, batch, step),
+            keys(prog, batch, step),
             prog.packed,
         )
         return total / count, {**sums, "loss": total / count}
@@ -146,7 +146,7 @@ def _parts(batch: objectives.Batch, A: int, M: int, R: int, lead: Any) -> Any:
     return jax.tree.map(split, batch)
 
 
-def _keys(
+def keys(
     prog: Program, batch: objectives.Batch, step: Array
 ) -> Callable[[int], Array] | None:
     """Returns the keys of dropout by the length of rows, None without dropout."""
@@ -156,9 +156,10 @@ def _keys(
     return functools.partial(dropout_keys, seed, step, batch["index"])
 
 
-def _row_keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
-    keys = _keys(prog, batch, step)
-    return keys and keys(batch["tokens"].shape[1])
+def row_keys(prog: Program, batch: objectives.Batch, step: Array) -> Array | None:
+    """Returns the keys of a batch's dropout, [B, T]; None without dropout."""
+    of = keys(prog, batch, step)
+    return of and of(batch["tokens"].shape[1])
 
 
 def table(prog: Program, forward: int | None = None) -> timetable.Timetable:
@@ -183,13 +184,13 @@ def _staged(
 
     def embed(rest: Params, batch: objectives.Batch) -> Array:
         model = prog.model({**params, **rest})
-        keys = _row_keys(prog, batch, step)
+        keys = row_keys(prog, batch, step)
         return model.embed(batch["tokens"], batch["positions"], keys)
 
     def stage(chunk: Any, x: Array, batch: objectives.Batch, ids: Array) -> Any:
         model = prog.model({**params, STACK: chunk})
         tokens = Tokens(batch["positions"], batch["segments"])
-        side = model.side(tokens, _row_keys(prog, batch, step), prog.packed)
+        side = model.side(tokens, row_keys(prog, batch, step), prog.packed)
         x, aux = model.stage(x, side, prog.chunks, ids)
         loss, sums = objectives.layers(aux, batch)
         return x, jnp.float32(loss) / count, sums

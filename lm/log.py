@@ -90,7 +90,7 @@ class Log:
         load_LE = fetched.pop("moe_load_LE", None)
         values = {k: float(v) for k, v in fetched.items()}
         tokens = values["tokens"]
-        self._speed.arrived(tokens)
+        self._speed.arrived(values.get("read", tokens))
         self.tokens += int(tokens)
         self._refuse_to_go_on(step, values)
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):

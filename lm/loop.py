@@ -22,6 +22,7 @@ from lm import (
     plot,
     resume,
     sharding,
+    start,
     train,
 )
 from lm.data import loader
@@ -214,7 +215,8 @@ def _start(
         key = jax.random.key(experiment.train.seed)
         state = train.make_init(prog).ready(key)(key)  # type: ignore[attr-defined]
         if imported or experiment.train.init_from:
-            params = _weights(prog, checkpoints if imported else None, say)
+            source = checkpoints if imported else None
+            params = start.weights(prog, state.params, source, say)
             state = dataclasses.replace(state, params=params)
             if state.ema is not None:
                 state = dataclasses.replace(state, ema=train.average_of(prog, state))
@@ -234,27 +236,6 @@ def _start(
         say(line)
     meta = found.meta
     return state, Position(found.step, meta["examples"], meta["tokens"])
-
-
-def _weights(
-    prog: Program,
-    imported: checkpoint.Checkpoints | None,
-    say: Callable[[str], None],
-) -> Any:
-    """Returns the parameters to begin with: imported ones, or those of train.init_from."""
-    source = prog.experiment.train.init_from
-    target = train.saved(prog, {"params": train.abstract_state(prog).params})
-    if imported is not None:
-        loaded, _ = imported.restore(target, 0, partial=True)
-        say("starting from the weights that were imported")
-        return train.loaded(prog, loaded)["params"]
-    try:
-        loaded, found = checkpoint.restore_from(source, target)
-    except checkpoint.CheckpointError as error:
-        what = f"train.init_from={source}: {error}"
-        raise checkpoint.CheckpointError(what) from error
-    say(f"starting from the weights of {source}, step {found.step}")
-    return train.loaded(prog, loaded)["params"]
 
 
 def _batches(
@@ -357,11 +338,10 @@ def _attention(prog: Program) -> str:
     """How attention is computed, in each kind of layer that has it."""
     model, layout = prog.experiment.model, prog.layout
     row = attend.Row(
-        platform=layout.platform,
+        layout=layout,
         length=prog.experiment.data.length,
         dtype=str(model.compute(layout.platform)),
         packed=prog.packed,
-        shards=layout.size("length"),
     )
     written = batches.written(prog.experiment.objective, prog.experiment.data)
     found = dict.fromkeys(model.attends(row, written))

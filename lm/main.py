@@ -40,13 +40,15 @@ from lm.experiment import Experiment  # noqa: E402
 from lm.hosts import FAILED, WRONG_USE  # noqa: E402
 from lm.log import RunError  # noqa: E402
 from lm.lookout import Lookout  # noqa: E402
+from lm.models import kinds  # noqa: E402
+from lm.plan import run as plan  # noqa: E402
 
 gc.freeze()  # modules stay
 gc.enable()
 WATCH.mark("imports")
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-MODES = ("train", "eval", "generate", "prepare", "import", "export")
+MODES = ("train", "eval", "generate", "prepare", "import", "export", "plan")
 
 _EXPERIMENT = flags.DEFINE_string("experiment", "", "Name of a file in experiments/.")
 _MODE = flags.DEFINE_string("mode", "train", f"One of {', '.join(MODES)}.")
@@ -70,6 +72,18 @@ _FROM = flags.DEFINE_string(
 _TO = flags.DEFINE_string("to", "", "A directory to write, for --mode=export.")
 _CHAT = flags.DEFINE_bool(
     "chat", False, "Prompts are what a user says, by the model's chat template."
+)
+_TARGET = flags.DEFINE_string(
+    "target", "", "Devices to plan for, like v5p:4x4x4, h100:8x8, cpu:8 or here."
+)
+_DEPTH = flags.DEFINE_string(
+    "depth", "model", "How deep --mode=plan looks: types, model or compile."
+)
+_SEARCH = flags.DEFINE_bool(
+    "search", False, "With --mode=plan: rank meshes, remat, microbatches, schedules."
+)
+_PRICE = flags.DEFINE_float(
+    "price_per_chip_hour", None, "What a chip costs for an hour, for --mode=plan."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0 of several; auto: ask the cluster."
@@ -116,6 +130,8 @@ def _run() -> int:
         _print_config(experiment, base)
         return loop.DONE
     _configure(experiment)
+    if _MODE.value in ("train", "eval", "prepare"):
+        kinds.untrained(experiment.model)
     modes = {
         "train": _train,
         "eval": _eval,
@@ -123,6 +139,7 @@ def _run() -> int:
         "prepare": _prepare,
         "import": _import,
         "export": _export,
+        "plan": _plan,
     }
     lookout = Lookout(_workdir(), experiment.train.heartbeat_seconds)
     try:
@@ -195,8 +212,11 @@ def _need_folders() -> None:
         raise ConfigError(
             "--mode=import needs --workdir=DIR, where the model will live"
         )
-    if _CHAT.value and _MODE.value != "generate":
-        raise ConfigError("--chat is for --mode=generate")
+    only = {"generate": (_CHAT,), "plan": (_TARGET, _DEPTH, _SEARCH, _PRICE)}
+    for mode, some in only.items():
+        for flag in some:
+            if flag.value != flag.default and _MODE.value != mode:
+                raise ConfigError(f"--{flag.name} is for --mode={mode}")
 
 
 def _print_config(experiment: Experiment, base: Experiment) -> None:
@@ -221,6 +241,8 @@ def _configure(experiment: Experiment) -> None:
     if experiment.train.deterministic:
         flag = " --xla_gpu_deterministic_ops=true"
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
+    if _MODE.value == "plan" and _TARGET.value != "here":
+        jax.config.update("jax_platforms", "cpu")  # no other device is looked for
     if _CPUS.value is not None:
         if _CPUS.value < 1:
             raise ConfigError(f"--cpu_devices={_CPUS.value}: expected 1 or more")
@@ -279,7 +301,8 @@ def _restored(
         else f"{workdir}/{checkpoint.FOLDER}/{_STEP.value}"
     )
     target = train.saved(prog, {key: state.params})
-    arrays, found = checkpoint.restore_from(source, target)
+    kept, step = checkpoint.found_at(source)
+    arrays, found = kept.restore(target, step, partial=True)
     params = train.loaded(prog, arrays)[key]
     return prog, params, tokenizer.from_files(found.files), found.step
 
@@ -325,6 +348,21 @@ def _export(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     prog, params, coder, _ = _restored(experiment, workdir)
     plain = train.saved(prog, params)
     work.send_out(experiment, plain, coder, _TO.value, workdir, prog)
+    return loop.DONE
+
+
+def _plan(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
+    del lookout
+    plan.run(
+        experiment,
+        workdir,
+        tuple(_SET.value),
+        name=_TARGET.value,
+        depth=_DEPTH.value,
+        searching=_SEARCH.value,
+        price=_PRICE.value,
+        say=_say,
+    )
     return loop.DONE
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,11 @@ from lm.batches import (
 )
 from lm.config import ConfigError, kind
 from lm.models import kinds
-from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.model import Model
 from lm.nn import manual
 from lm.nn.blockwise import NEG, Tokens, cap
-from lm.nn.heads import Classes, Words
+from lm.nn.heads import Classes, Pooler, Words
 from lm.scores import classes
 
 __all__ = ["Causal"]  # from here, as an experiment would look for it
@@ -45,9 +45,16 @@ Batch = dict[
 
 NEEDS = {
     Masked: "model=Encoder",
-    Classification: "model=Encoder with model.head=Classes",
+    Classification: "a model with model.head=Classes, as model=Encoder",
     Seq2Seq: "an encoder and a decoder, model=EncoderDecoder",
     SpanCorruption: "an encoder and a decoder, model=EncoderDecoder",
+}
+
+
+FITS: dict[Any, tuple[str, ...]] = {  # by what a model ends in
+    Words.Config: ("Masked",),
+    Classes.Config: ("Classification",),
+    Pooler.Config: ("Masked",),  # by name only, see `kinds.untrained`
 }
 
 
@@ -58,12 +65,11 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
         ConfigError: what it lacks, and what can be used.
     """
     name, has = kind(type(objective)), kind(type(model))
-    fits, head = ("Causal", "Prefix", "Sft"), None
+    fits, head = ("Causal", "Prefix", "Sft"), kinds.head(model)
     if isinstance(model, EncoderDecoder.Config):
         fits = ("Seq2Seq", "SpanCorruption")
-    if isinstance(model, Encoder.Config):
-        head = model.head
-        fits = ("Masked",) if isinstance(head, Words.Config) else ("Classification",)
+    if head is not None:
+        fits = FITS[type(head)]
         has = f"{has} with model.head={kind(type(head))}"
     if name not in fits:
         needs = NEEDS.get(type(objective), "model=Transformer or model=Recurrent")
@@ -125,7 +131,6 @@ def score(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns what `causal` does, from the hidden states after the last norm."""
     if isinstance(objective, Classification):
-        assert isinstance(model, Encoder)
         return _classified(model, x_BTD, batch, graded)
     assert isinstance(objective, CrossEntropy)  # what `refuse` lets through
     head = Head(
@@ -148,15 +153,24 @@ def score(
 
 
 def _classified(
-    model: Encoder, x_BTD: Array, batch: Batch, graded: bool
+    model: Model, x_BTD: Array, batch: Batch, graded: bool
 ) -> tuple[Array, dict[str, Array]]:
-    """Cross-entropy of a text's class; where `graded`, the sums have a matrix of counts, too."""
+    """Cross-entropy of a text's class; `tokens` counts texts, `read` their tokens.
+
+    Where `graded`, the sums have a matrix of counts, too.
+    """
     tokens = Tokens(batch["positions"], batch["segments"])
     logits_BC = model.classes(x_BTD, tokens)
     hit_BC = jax.nn.one_hot(batch["targets"], logits_BC.shape[1])
     nll_B = -(jax.nn.log_softmax(logits_BC) * hit_BC).sum(1)
     loss, count = (nll_B * batch["weights"]).sum(), batch["weights"].sum()
-    sums = {"nll": loss, "tokens": count, "bytes": jnp.zeros((), jnp.int32)}
+    read = (tokens.segments > 0).sum()
+    sums = {
+        "nll": loss,
+        "tokens": count,
+        "bytes": jnp.zeros((), jnp.int32),
+        "read": read,
+    }
     if graded:
         found_B = logits_BC.argmax(1)
         sums["confusion"] = classes.confusion(

@@ -164,7 +164,7 @@ class Program:
 
         def shapes(*args: Any) -> Any:
             with sharding.use(self.layout):
-                return jax.tree.map(self._abstract, jax.eval_shape(jitted, *args))
+                return jax.tree.map(self.abstract, jax.eval_shape(jitted, *args))
 
         def ready(*args: Any) -> Callable[..., Any]:
             made_from = {
@@ -184,7 +184,8 @@ class Program:
         call.shapes = shapes  # type: ignore[attr-defined]
         return call
 
-    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+    def abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+        """Returns the shape and sharding, on this mesh, of what a trace gave."""
         spec = x.sharding.spec if x.sharding is not None else P()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding(spec))
 
@@ -202,13 +203,8 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
         timetable.placement(experiment.model.layers, stages, rounds),
         stack.entries(experiment.model.blocks),
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    structure, params = _abstract(experiment.model)
     with sharding.use(layout):
-        abstract = jax.eval_shape(functools.partial(build, experiment.model), key)
-        leaves, _ = jax.tree_util.tree_flatten_with_path(
-            abstract, is_leaf=lambda x: isinstance(x, nnx.Param)
-        )
-        params = {_path(keys): leaf for keys, leaf in leaves}
         axes = {
             path: ("layers",) * (len(p.shape) - len(p.axes)) + p.axes
             for path, p in params.items()
@@ -235,7 +231,7 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
     return Program(
         experiment=experiment,
         layout=layout,
-        structure=jax.tree.structure(abstract),
+        structure=structure,
         shapes=shapes,
         axes=axes,
         specs=specs,
@@ -245,6 +241,19 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
         rate=optim.schedule(experiment.optim, experiment.train.steps),
         chunks=chunks,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(model: kinds.Config) -> tuple[Any, dict[str, nnx.Param]]:
+    """Returns the model's tree structure and its abstract parameters by path: of no mesh."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with sharding.use(sharding.abstract_layout(sharding.MeshConfig(), 1)):
+        abstract = jax.eval_shape(functools.partial(build, model), key)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        abstract, is_leaf=lambda x: isinstance(x, nnx.Param)
+    )
+    params = {_path(keys): leaf for keys, leaf in leaves}
+    return jax.tree.structure(abstract), params
 
 
 def _stored(path: str, shape: tuple[int, ...], chunks: chunk.Places) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ QUIET = (
     "train.compilation_cache",
     "train.heartbeat_seconds",
     "train.connect_seconds",
-    "devices",
+    "target",
 )
 
 

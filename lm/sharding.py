@@ -303,14 +303,19 @@ def _grid(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.
         by_process = not hasattr(devices[0], "slice_index")
         try:
             return mesh_utils.create_hybrid_device_mesh(
-                inner, outer, devices, process_is_granule=by_process
+                inner,
+                outer,
+                devices,
+                process_is_granule=by_process,
+                allow_split_physical_axes=True,
             )
         except ValueError as error:
             unit = "processes" if by_process else "slices"
             raise ConfigError(
                 f"mesh.slices={config.slices}: {error} ({unit})"
             ) from error
-    return mesh_utils.create_device_mesh(shape, devices)
+    # A mesh axis may take a part of a torus dimension: of 16 x 16 chips, fsdp 64 x tensor 4.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def order(length: int, shards: int) -> np.ndarray:

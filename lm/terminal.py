@@ -11,15 +11,22 @@ from typing import Any
 _IMPORTED = time.perf_counter()
 
 
-def human(number: float) -> str:
-    """Returns three digits and a suffix: 1234567 -> '1.23M', 950 -> '950', 0.5 -> '0.5'."""
+def human(number: float, unit: str = "") -> str:
+    """Returns three digits and a suffix: 1234567 -> '1.23M', 950 -> '950', (1e9, 'B') -> '1 GB'."""
+    space = " " if unit else ""
     if not math.isfinite(number):
-        return str(number)
-    suffixes = iter(("", "k", "M", "G", "T"))
+        return f"{number}{space}{unit}"
+    suffixes = iter(("", "k", "M", "G", "T", "P", "E"))
     suffix = next(suffixes)
-    while abs(number) >= 999.5 and suffix != "T":
+    while abs(number) >= 999.5 and suffix != "E":
         number, suffix = number / 1000, next(suffixes)
-    return f"{number:.3g}{suffix}" if abs(number) < 999.5 else f"{number:.0f}{suffix}"
+    digits = ".3g" if abs(number) < 999.5 else ".0f"
+    return f"{number:{digits}}{space}{suffix}{unit}"
+
+
+def size(bytes: float) -> str:
+    """Returns '950 B', '1.23 MB': decimal, as links and disks are sold."""
+    return human(bytes, "B")
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 from jaxtyping import Array
 
-from lm import gradients, objectives, optim, stacked, trees
+from lm import batches, gradients, objectives, optim, sharding, stacked, trees
 from lm.program import Params, Program, build, program
 
 __all__ = ["Params", "Program", "program"]  # from here, as a script would look for them
@@ -70,6 +70,21 @@ def make_init(prog: Program) -> Callable[[Array], TrainState]:
 def abstract_state(prog: Program) -> TrainState:
     """Returns the state's shapes, dtypes and shardings."""
     return make_init(prog).shapes(jax.random.key(0))  # type: ignore[attr-defined]
+
+
+def abstract_batch(prog: Program, rows: int | None = None) -> dict[str, Any]:
+    """Returns the shapes and shardings of a step's batch, or of one of so many rows."""
+    e = prog.experiment
+    rows = e.train.batch_size if rows is None else rows
+    with sharding.use(prog.layout):
+        whole = sharding.spec("batch", "length")
+
+    def of(x: jax.ShapeDtypeStruct) -> Any:
+        place = prog.sharding(P(*whole[: 1 + len(x.shape)]))
+        return jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place)
+
+    row = batches.row(e.objective, e.data)
+    return {name: of(x) for name, x in row.items()}
 
 
 def saved(prog: Program, tree: Any) -> Any:

@@ -52,6 +52,7 @@ FLOORS = {
     "lm.convert": 4.25,
     "lm.compress": 4.0,
     "lm.log": 4.5,
+    "lm.start": 4.5,
     "lm.loop": 5.0,
     "lm.main": 6.0,
     "experiments": 6.0,

@@ -195,6 +195,7 @@ LONG = attend.Case(
     dtype="bfloat16",
     packed=False,
     mask=Mask(scale=1.0),
+    capability=9.0,
 )
 CHOICES = [
     ({}, "cudnn"),
@@ -216,13 +217,8 @@ CHOICES = [
 ]
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda: 9.0)
-
-
 @pytest.mark.parametrize(("change", "choice"), CHOICES)
-def test_auto_takes_the_fastest_that_honours_the_case(hopper, change, choice):
+def test_auto_takes_the_fastest_that_honours_the_case(change, choice):
     case = dataclasses.replace(LONG, **change)
     assert case.choose("auto") == choice
     assert case.choose(choice) == choice  # and by name the same
@@ -245,7 +241,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("name", "change", "reason"), REFUSALS)
 def test_one_asked_for_by_name_is_refused_with_the_reason_and_a_fix(
-    hopper, name, change, reason
+    name, change, reason
 ):
     case = dataclasses.replace(LONG, **change)
     with pytest.raises(ConfigError, match=re.escape(reason)) as error:
@@ -256,11 +252,11 @@ def test_one_asked_for_by_name_is_refused_with_the_reason_and_a_fix(
     assert "\n" not in message
 
 
-def test_an_old_gpu_gets_no_cudnn(monkeypatch):
-    monkeypatch.setattr(attend, "_capability", lambda: 7.5)
-    assert LONG.choose("auto") == "blockwise"
+def test_an_old_gpu_gets_no_cudnn():
+    old = dataclasses.replace(LONG, capability=7.5)
+    assert old.choose("auto") == "blockwise"
     with pytest.raises(ConfigError, match=r"compute capability 8, here it is 7\.5"):
-        LONG.choose("cudnn")
+        old.choose("cudnn")
 
 
 @pytest.mark.parametrize(("queries", "keys", "block"), [
@@ -330,8 +326,6 @@ def test_cudnn_gets_the_right_arguments(monkeypatch, window):
     ],
 )
 def test_a_run_can_say_how_attention_is_computed(mesh, length, said):
-    shards = toy.layout(sharding.MeshConfig(**mesh)).size("length")
-    row = attend.Row(
-        platform="cpu", length=length, dtype="float32", packed=True, shards=shards
-    )
+    layout = toy.layout(sharding.MeshConfig(**mesh))
+    row = attend.Row(layout=layout, length=length, dtype="float32", packed=True)
     assert Attention.Config().how(row, 64) == said

@@ -138,7 +138,7 @@ def test_spam_is_told_apart_or_what_is_missing(tmp_path):
     pytest.importorskip("sklearn")
     with pytest.raises(ConfigError, match=r"train\.jsonl is not there; `make spam`"):
         baselines.spam(tmp_path)
-    for name, count in (("train", 20), ("test", 6)):
+    for name, count in (("train", 16), ("valid", 4), ("test", 6)):
         lines = [
             {"label": label, "text": f"{text} {i}"}
             for i in range(count // 2)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.plan import collectives, minimum, topology
+from lm.plan import collectives, minimum, target, topology
 from lm.sharding import MeshConfig
 
 MESH = sharding.abstract_layout(MeshConfig(data=2, tensor=4), 8).mesh
@@ -179,26 +179,58 @@ def test_experts_send_there_and_back():
 
 
 def test_what_has_no_formula_is_refused():
+    with toy.refused("model=Recurrent", "no formula for what mesh.tensor sends"):
+        summed("tensor", "model=Recurrent", "mesh.tensor=2")
+
+
+def test_tokens_without_drops_are_counted_as_in_balance():
     sets = ("mesh.expert=8", "model.ffn=Moe", "model.ffn.dispatch=Dropless")
-    with toy.refused("Dropless", "no minimum is written down"):
-        summed("experts", *sets)
+    prog = toy.program(*sets)
+    rows = prog.experiment.train.batch_size // 8 * prog.experiment.data.length
+    chosen = 2 * rows * prog.experiment.model.ffn.top_k * prog.experiment.model.dim
+    layers = prog.experiment.model.layers
+    assert summed("experts", *sets) == {"all-to-all": layers * 4 * chosen * 7 / 8}
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("h100", ("expected TPUs like v5e:2x4, or GPUs like h100:8",)),
-        ("h100:two", ("expected TPUs like v5e:2x4",)),
+        ("h100", ("expected v5p:4x4x4", "h100:8x8 (hosts x GPUs)")),
+        ("h10:8", ("no chip 'h10'", "h100")),
+        ("h100:two", ("expected v5p:4x4x4",)),
+        ("h100:3x4", ("expected hosts x GPUs of each like h100:4x8",)),
+        ("2*h100:8", ("expected hosts x GPUs of each like h100:4x8",)),
+        ("v5e:3x3", ("v5e has no slice of 3x3", "2x2, 2x4")),
+        ("v5p:8x4x4", ("v5p has no slice of 8x4x4", "rising multiples of 4")),
+        ("v5p:16x24x24", ("at most 6144 chips",)),
+        ("cpu:2x2", ("expected cpu and devices, like cpu:8",)),
     ],
 )
-def test_a_topology_that_is_none_is_refused(name, words):
+def test_a_target_that_is_none_is_refused(name, words):
     with toy.refused(*words):
-        topology.devices(name)
+        target.read(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "hosts"),
+    [
+        ("h100:8", 8, 1),
+        ("h100:64x8", 512, 64),
+        ("v5p:4x4x4", 64, 16),
+        ("2*v5e:16x16", 512, 64),
+        ("v6e:1x1", 1, 1),
+        ("V6E:2x4", 8, 1),
+        ("cpu:8", 8, 1),
+    ],
+)
+def test_a_target_knows_its_devices(name, devices, hosts):
+    found = target.read(name)
+    assert (found.devices, found.hosts) == (devices, hosts)
 
 
 def test_a_topology_without_its_plugin_says_what_to_install(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
-    with toy.refused("'h100:8'", "is not installed", "pip install 'jax[cuda13]'"):
+    with toy.refused("h100:8", "is not installed", "pip install 'lm[plan-gpu]'"):
         topology.devices("h100:8")
-    with pytest.raises(ConfigError, match=r"libtpu is not installed.*jax\[tpu\]"):
+    with pytest.raises(ConfigError, match=r"libtpu is not installed.*lm\[plan-tpu\]"):
         topology.devices("v5e:2x4")

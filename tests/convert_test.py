@@ -193,7 +193,7 @@ def changed(source, tmp_path, **values):
     ("values", "words"),
     [
         ({"model_type": "lama"}, ["model_type='lama'", "did you mean 'llama'"]),
-        ({"model_type": "bert"}, ["model_type='bert'"]),
+        ({"model_type": "mamba"}, ["model_type='mamba'"]),
         ({"hidden_act": "relu"}, ["hidden_act='relu'", "silu"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_type='longrope'"]),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2, "x": 1}}, ["x=1"]),

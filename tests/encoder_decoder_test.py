@@ -204,10 +204,10 @@ def test_the_bias_of_scores_has_its_gradient():
 
 
 def test_scores_of_distances_are_formed_by_einsum_alone():
-    row = attend.Row(
-        platform="tpu", length=256, dtype="bfloat16", packed=False, bias=True
-    )
-    case = row.case(64, EncoderDecoder.Config().attention.mask(64))
+    case = attend.Case(
+        platform="tpu", queries=256, keys=256, head_dim=64, dtype="bfloat16",
+        packed=False, mask=EncoderDecoder.Config().attention.mask(64), bias=True,
+    )  # fmt: skip
     assert case.choose("auto") == "einsum"
     for asked in ("blockwise", "cudnn", "splash"):
         with toy.refused(f"implementation={asked}", "Relative", "takes einsum here"):

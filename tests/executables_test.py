@@ -52,7 +52,7 @@ def test_the_second_start_compiles_nothing(cache):
         lambda patch: {"args": (jnp.arange(7.0),)},
         lambda patch: {"args": (jnp.arange(6),)},
         lambda patch: {"made_from": {"function": "g"}},
-        lambda patch: patch.setattr(executables, "_source", lambda: "other code"),
+        lambda patch: patch.setattr(executables, "source", lambda: "other code"),
         lambda patch: patch.setenv("XLA_FLAGS", "--xla_of_another_kind"),
         lambda patch: patch.setattr(executables, "_instructions", lambda: "fewer"),
         lambda patch: patch.setattr(executables, "PACKAGES", ("jax",)),

@@ -176,6 +176,26 @@ READERS: dict[str, dict[str, Any]] = {
     "t5 1.0": T5,
     "t5 1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {**BERT, "architectures": ["BertModel"]},
+    "bert, words": {**BERT, "architectures": ["BertForMaskedLM"]},
+    "bert, classes": {
+        **BERT,
+        "architectures": ["BertForSequenceClassification"],
+        "hidden_act": "gelu_new",
+        "num_labels": 3,
+    },
+}
+EVERY = CONFIGS | READERS | ENCODERS
 
 # What makes ours compute what theirs does in training: no losses besides the likelihood's.
 EXPERTS = ["ffn.balance=0", "ffn.z_loss=0"]
@@ -194,6 +214,38 @@ TEMPLATE = (
     "<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
+
+
+PIECES = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "hello",
+    "wor",
+    "##ld",
+    "ham",
+    "!",
+]
+
+
+def write_word_pieces(folder):
+    """An uncased WordPiece tokenizer as BERT has it, of few words."""
+    import tokenizers
+
+    pieces = {piece: i for i, piece in enumerate(PIECES)}
+    model = tokenizers.models.WordPiece(pieces, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.BertNormalizer()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    made.add_special_tokens(PIECES[:5])
+    made.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", 3), ("[CLS]", 2)
+    )
+    (folder / "tokenizer.json").write_text(made.to_str())
+    write_json(folder / "tokenizer_config.json", {"mask_token": "[MASK]"})
 
 
 def write_tokenizer(folder):

@@ -210,11 +210,16 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer() -> None:
     ("number", "text"),
     [
         *((0, "0"), (0.5, "0.5"), (950, "950"), (999.7, "1k"), (12_345, "12.3k")),
-        *((1_234_567, "1.23M"), (-2e9, "-2G"), (4e15, "4000T"), (math.inf, "inf")),
+        *((1_234_567, "1.23M"), (-2e9, "-2G"), (4e15, "4P"), (math.inf, "inf")),
     ],
 )
 def test_numbers_read_well(number: float, text: str) -> None:
     assert terminal.human(number) == text
+
+
+def test_sizes_have_a_unit() -> None:
+    sizes = [terminal.size(n) for n in (950, 999.7, 84_929_347_584, 4e21)]
+    assert sizes == ["950 B", "1 kB", "84.9 GB", "4000 EB"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import toy
 
 from lm import train
 from lm.plan import placement
+from lm.terminal import size
 
 MESHES = {
     "fsdp x tensor": ["mesh.fsdp=4", "mesh.tensor=2"],
@@ -26,10 +27,10 @@ def test_the_bytes_said_are_those_on_a_device(mesh):
         shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
         return sum(s.data.nbytes for s in shards if s.device == device)
 
-    assert placement._held(train.abstract_state(prog).params) == there(state.params)
+    assert placement.held(train.abstract_state(prog).params) == there(state.params)
     line = placement.lines(prog, state)[0]
-    assert f"parameters {placement._size(there(state.params))}," in line
-    assert f"optimizer {placement._size(there(state.opt_state))}," in line
+    assert f"parameters {size(there(state.params))}," in line
+    assert f"optimizer {size(there(state.opt_state))}," in line
 
 
 def test_large_copies_are_named_with_their_axis():

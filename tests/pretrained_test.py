@@ -34,6 +34,17 @@ def test_text_comes_back_and_every_byte_is_counted(source, text):
     assert coder.prompt("a").tolist() == [1, *coder.encode("a")]
 
 
+def test_words_of_an_uncased_tokenizer_come_back_without_their_spelling(tmp_path):
+    """So no bytes are counted; [CLS] begins a text, [SEP] ends it, and neither is made from it."""
+    families_hf.write_word_pieces(epath.Path(tmp_path))
+    coder = tokenizers.load(pretrained.HuggingFace(path=str(tmp_path)))
+    ids = coder.encode("Hello  WORLD! [SEP]")
+    assert ids.tolist() == [5, 6, 7, 9, 1, 1, 1]
+    assert coder.decode(ids[:4]) == "hello world !"
+    assert (coder.eot, coder.close, coder.mask, coder.size) == (2, (3,), 4, 10)
+    assert not coder.token_bytes.any()
+
+
 def test_a_conversation_is_written_by_the_template(source):
     coder = chat.Chat(tokenizers.load(pretrained.HuggingFace(path=str(source))))
     ids = coder.prompt("ab").tolist()

@@ -45,7 +45,8 @@ def test_a_command_line_is_understood(command):
     values = parsed(command)
     assert values["mode"] in main.MODES
     name = values["experiment"] or values["workdir"].rpartition("/")[2]
-    name = {"smollm2": "smollm2_finetune"}.get(name, name)  # what was imported there
+    imported = {"smollm2": "smollm2_finetune", "minilm": "classify_spam"}
+    name = imported.get(name, name)
     config.override(experiment.load(name), values["set"])
 
 

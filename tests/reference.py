@@ -15,7 +15,7 @@ import toy
 from lm import sharding, train
 from lm.batches import Classification
 from lm.experiment import Experiment
-from lm.models import stack
+from lm.models import kinds, stack
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.transformer import Transformer
@@ -70,7 +70,10 @@ def _logits(c: Transformer.Config, p, batch, masks):
         x = _part(c, layer, 2, x, forward, keep(4 * i + 1))
     if isinstance(c, Encoder.Config):
         return _ended(c, p, x, batch)
-    return *_head(c, p, parts.norm(p, "norm", c.norm, x)), routed
+    x = parts.norm(p, "norm", c.norm, x)
+    if kinds.head(c) is not None:
+        return _ended(c, p, x, batch)
+    return *_head(c, p, x), routed
 
 
 def _keep(masks, name):
@@ -150,16 +153,19 @@ def _waves(c: EncoderDecoder.Config, x, positions):
     return x
 
 
-def _ended(c: Encoder.Config, p, x, batch):
-    """Returns what an encoder's head takes, its logits of ids or of classes, and no routing."""
+def _ended(c: Any, p, x, batch):
+    """Returns what a head takes, its logits of ids or of classes, and no routing."""
     if isinstance(c.head, Classes.Config):
         there = batch["segments"] > 0
-        if c.head.pool == "first":
-            there = there & (batch["positions"] == 0)
+        count = there.sum(1, keepdims=True)
+        place = {"first": 0, "last": count - 1}.get(c.head.pool)
+        if place is not None:
+            there = there & (batch["positions"] == place)
         mean = (x * there[..., None]).sum(1) / jnp.maximum(there.sum(1), 1)[:, None]
-        h = jnp.tanh(mean @ p["end/dense_de"] + p["end/dense_bias_e"])
+        h = jnp.tanh(mean @ p["end/pool_df"] + p["end/pool_bias_f"])
         return x, h @ p["end/class_dc"] + p["end/class_bias_c"], []
-    h = jax.nn.gelu(x @ p["end/dense_de"] + p["end/dense_bias_e"])
+    h = x @ p["end/dense_de"] + p["end/dense_bias_e"]
+    h = parts.ACTIVATIONS[c.head.activation](h)
     h = parts.norm(p, "end/after", LayerNorm.Config(eps=c.head.eps), h)
     z = h @ p["embed_vd"][: c.vocab_size].T + p["end/bias_v"][: c.vocab_size]
     return h, z, []

@@ -143,10 +143,17 @@ def recurrent(c: Any, p, x, tokens):
     return jnp.stack(ys, 1) @ p["out_hd"]
 
 
+ACTIVATIONS = {
+    "gelu": jax.nn.gelu,
+    "gelu_erf": lambda x: x * (1 + jax.lax.erf(x / 2**0.5)) / 2,
+    "relu": lambda x: jnp.maximum(x, 0),
+}
+
+
 def mlp(c: Mlp.Config, p, x):
     up = x @ p["up_df"] + p.get("up_bias_f", 0.0)
-    if c.activation in ("gelu", "relu"):
-        h = jax.nn.gelu(up) if c.activation == "gelu" else jnp.maximum(up, 0)
+    if c.activation in ACTIVATIONS:
+        h = ACTIVATIONS[c.activation](up)
     else:
         gate = x @ p["gate_df"] + p.get("gate_bias_f", 0.0)
         act = jax.nn.silu if c.activation == "swiglu" else jax.nn.gelu

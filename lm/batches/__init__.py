@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import grain
+import jax
 import numpy as np
 
 from lm.batches import classes, masked, pairs, prefix, spans
@@ -84,6 +85,23 @@ def check(objective: Objective, data: Data) -> None:
         raise ConfigError(
             f"objective={name} keeps its documents apart; set data.isolate=true"
         )
+
+
+def row(objective: Objective, data: Data) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a training row, without its text."""
+    T = written(objective, data)
+    found: dict[str, tuple[tuple[int, ...], Any]] = {}
+    if isinstance(objective, SpanCorruption | Seq2Seq):
+        names = ("inputs", "input_segments", "input_positions")
+        found = dict.fromkeys(names, ((data.length,), np.int32))
+    for name in ("tokens", "segments", "positions", "targets"):
+        found[name] = (T,), np.int32
+    found |= {"weights": ((T,), np.float32), "index": ((), np.uint32)}
+    if isinstance(objective, Classification):
+        found |= {"targets": ((), np.int32), "weights": ((), np.float32)}
+    else:
+        found["bytes"] = (), np.int32
+    return {k: jax.ShapeDtypeStruct(*v) for k, v in found.items()}
 
 
 def tokenizer(objective: Objective, data: Data, vocab_size: int) -> Tokenizer:

@@ -4,6 +4,7 @@ Shapes: T tokens of `data.length`.
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class Classification:
         str, ...
     ] = ()  # as the second field spells them; the order is their number
     words: Words = Words()  # what is done to the text before it is tokenized
-    long: Long = "cut"  # texts that are longer than a row
+    # Texts that are longer than a row; ends: the first and the last half of one are kept.
+    long: Long | Literal["ends"] = "cut"
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) < max(len(self.labels), 2):
@@ -36,7 +38,8 @@ class Classification:
 class Texts(Records):
     """Rows of `Classification`, one text a row.
 
-    tokens, segments, positions  int32[T]  end of text, then the text; segment 1, then 0
+    tokens, segments, positions  int32[T]  end of text, the text, and what the tokenizer puts
+                                           after one; segment 1, then 0
     targets                      int32     the number of its label
     weights                      float32   1
     """
@@ -51,8 +54,12 @@ class Texts(Records):
     ) -> None:
         self.length = length
         sizes = lengths(store)[:, :1]
+        self._close = np.array(coder.close, np.int32)
+        sizes = sizes + len(self._close)
         limits = [Limit("data.length", length)]
-        super().__init__(store, sizes, limits, objective.long, together=False)
+        self._ends = objective.long == "ends"
+        long = "cut" if objective.long == "ends" else objective.long
+        super().__init__(store, sizes, limits, long, together=False)
         self._labels = self._read(objective, coder, cleaning)
 
     def _read(
@@ -60,7 +67,13 @@ class Texts(Records):
     ) -> list[int]:
         """Looks up the label of every row, so that an unknown one is told at once."""
         spelt = [coder.encode(cleaning.clean(label)) for label in objective.labels]
-        numbers = {tuple(ids.tolist()): n for n, ids in enumerate(spelt)}
+        numbers: dict[tuple[int, ...], int] = {}
+        for n, ids in enumerate(spelt):
+            if (other := numbers.setdefault(tuple(ids.tolist()), n)) != n:
+                raise ConfigError(
+                    f"objective.labels: {objective.labels[other]!r} and "
+                    f"{objective.labels[n]!r} are the same tokens to data.tokenizer"
+                )
         found = []
         for index in range(len(self)):
             [(_, label)] = self.documents(index)
@@ -75,7 +88,10 @@ class Texts(Records):
 
     def row(self, index: int) -> Row:
         [(text, _)] = self.documents(index)
-        text = text[:-1][: self.length]
+        text, room = text[:-1], self.length - len(self._close)
+        last = room // 2 if self._ends and len(text) > room else 0
+        parts = (text[: room - last], text[len(text) - last :], self._close)
+        text = np.concatenate(parts)
         real = padded(np.ones(len(text), np.int32), self.length)
         return {
             "tokens": padded(text, self.length),

@@ -183,6 +183,10 @@ class Checkpoints:
         """
         return self._first_whole(step, lambda step: self._read_run(step)[0])
 
+    def names(self, step: int | None = None) -> list[str]:
+        """Returns the names of the arrays of a checkpoint; arguments as of `read_run`."""
+        return self._first_whole(step, lambda step: [*self._read_run(step)[1]])
+
     def restore(
         self, target: trees.Tree, step: int | None = None, *, partial: bool = False
     ) -> tuple[trees.Tree, Run]:
@@ -341,20 +345,15 @@ class Checkpoints:
             ) from error
 
 
-def restore_from(source: str, target: trees.Tree) -> tuple[trees.Tree, Run]:
-    """Restores some arrays of a work directory's newest checkpoint, or of one step in it.
-
-    Args:
-        source: a work directory, its folder of checkpoints, or one step's folder there.
-        target: as for `Checkpoints.restore`; what else is there is not read.
-    """
+def found_at(source: str) -> tuple[Checkpoints, int | None]:
+    """Returns the checkpoints of a work directory, of its folder of them, or of one step's folder
+    there, to be read; and that step."""
     path = epath.Path(source)
     step = int(path.name) if path.name.isdigit() else None
     folder = path.parent if step is not None else path
     if (folder / FOLDER).exists():
         folder = folder / FOLDER
-    saved = Checkpoints(str(folder), read_only=True)
-    return saved.restore(target, step, partial=True)
+    return Checkpoints(str(folder), read_only=True), step
 
 
 def _from_first_process(step: int | None) -> int | None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from lm.config import ConfigError, diff, nearest
 from lm.convert import (
+    bert,
     deepseek,
     gemma,
     gpt2,
@@ -35,6 +36,7 @@ FAMILIES = {
         deepseek.V3,
         gemma.GEMMA2,
         gemma.GEMMA3,
+        bert.BERT,
         t5.T5,
     )
 }

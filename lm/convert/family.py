@@ -8,6 +8,7 @@ from lm.config import ConfigError, kind
 from lm.convert.fields import Fields
 from lm.convert.steps import Row
 from lm.models import kinds
+from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.transformer import Transformer
 from lm.nn.attention import Attention
@@ -19,7 +20,8 @@ FREE = ("vocab_multiple", "dropout", "init_std", "dtype", "remat", "scan")
 UNTRAINED: dict[str, Any] = {"dispatch": Dropless(), "balance": 0.0, "z_loss": 0.0}
 
 
-Model: TypeAlias = Transformer.Config | EncoderDecoder.Config  # those of a family
+# Those of a family.
+Model: TypeAlias = Transformer.Config | Encoder.Config | EncoderDecoder.Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Family:
     buffers: tuple[str, ...] = ()  # patterns of tensors that are no weights
     prefix: str = "model."  # which files of a bare base model leave out
     model: Any = Transformer.Config  # the kind of model that it is
+    renamed: Callable[[str], str] | None = None  # from an old name of a tensor
 
 
 def essence(model: kinds.Config) -> Model:
@@ -64,7 +67,7 @@ def essence(model: kinds.Config) -> Model:
     Raises:
         ConfigError: a model of a kind that has no family.
     """
-    if not isinstance(model, Transformer.Config | EncoderDecoder.Config):
+    if not isinstance(model, Model):
         name = kind(type(model))
         raise ConfigError(f"model={name}: no family of lm/convert is of this kind")
     plain = type(model)()
@@ -75,7 +78,7 @@ def essence(model: kinds.Config) -> Model:
     if isinstance(plain_attention, Attention.Config):
         head_dim = plain_attention.head_dim or model.dim // model.heads
         plain_attention = dataclasses.replace(plain_attention, head_dim=head_dim)
-    if isinstance(model, EncoderDecoder.Config):
+    if isinstance(model, Encoder.Config | EncoderDecoder.Config):
         ffn = _width(model.ffn, model.dim)
         return dataclasses.replace(model, attention=plain_attention, ffn=ffn)
     ffn: Any = model.ffn

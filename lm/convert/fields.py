@@ -30,7 +30,8 @@ HARMLESS = frozenset(
 # Dropout while training: the experiment's to choose (model.dropout), not the weights'.
 DROPOUT = (
     *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"),
-    *("resid_dropout", "residual_dropout", "dropout_rate"),
+    *("resid_dropout", "residual_dropout", "dropout_rate", "classifier_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
 )
 
 

@@ -51,12 +51,12 @@ class Safetensors:
             raise ConfigError(f"{file} is not a safetensors file ({error})") from error
         header.pop("__metadata__", None)
         for name, facts in header.items():
-            if facts["dtype"] not in DTYPES:
-                raise ConfigError(
-                    f"{file}: {name} is {facts['dtype']}; lm reads {', '.join(DTYPES)}"
-                )
             first, last = (start + i for i in facts["data_offsets"])
-            dtype, shape = DTYPES[facts["dtype"]], tuple(facts["shape"])
+            dtype, shape = facts["dtype"], tuple(facts["shape"])
+            if dtype not in DTYPES:  # of no weight, or `tensor` refuses it
+                self.dtypes[name], self.shapes[name] = dtype, shape
+                continue
+            dtype = DTYPES[dtype]
             size = math.prod(shape) * jnp.dtype(dtype).itemsize
             if last - first != size or last > data.size:
                 raise ConfigError(f"{file} is cut off or damaged at {name}")
@@ -64,7 +64,15 @@ class Safetensors:
             self._places[name] = data, first, last
 
     def tensor(self, name: str) -> np.ndarray:
-        """Returns a tensor, its bytes still in the file."""
+        """Returns a tensor, its bytes still in the file.
+
+        Raises:
+            ConfigError: it is of another type than weights have.
+        """
+        if name not in self._places:
+            raise ConfigError(
+                f"{name} is {self.dtypes[name]}; lm reads {', '.join(DTYPES)}"
+            )
         data, first, last = self._places[name]
         # The file says nothing of alignment: numpy views any.
         flat = np.frombuffer(data[first:last], jnp.dtype(self.dtypes[name]))

@@ -23,6 +23,8 @@ from lm.models import stack
 from lm.models.encoder_decoder import ENCODER, EncoderDecoder
 from lm.program import STACK, Params, Program
 
+VOCAB = ("embed_vd", "head_vd", "end/bias_v")  # padded to rows of the vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -97,7 +99,7 @@ def _plain(
     """Returns a parameter's shape without the layers and without padding of the vocabulary."""
     if place.entry is not None:
         return tuple(shape[1:])
-    return (vocab, *shape[1:]) if path in ("embed_vd", "head_vd") else tuple(shape)
+    return (vocab, *shape[1:]) if path in VOCAB else tuple(shape)
 
 
 def read(prog: Program, source: Source, every: Sequence[Place]) -> Params:
@@ -199,7 +201,7 @@ def write(
             held[p] if place.entry is None else held[p][place.entry]
             for p in place.paths
         ]
-        ours = [a[:vocab] if p in ("embed_vd", "head_vd") else a
+        ours = [a[:vocab] if p in VOCAB else a
                 for p, a in zip(place.paths, ours, strict=True)]  # fmt: skip
         names = place.row.names()
         for e, name in enumerate(names):

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lm import checkpoint, config, sharding, train
-from lm.batches import Causal, Seq2Seq
+from lm import batches, checkpoint, config, sharding, train
 from lm.config import ConfigError
 from lm.convert import families, files, weights
 from lm.convert.family import Family, essence
@@ -30,7 +29,9 @@ from lm.data.loader import Data
 from lm.data.pretrained import HuggingFace
 from lm.data.tokenizer import SentencePiece
 from lm.experiment import Experiment, Train
+from lm.models import kinds
 from lm.models.encoder_decoder import EncoderDecoder
+from lm.nn.heads import Classes
 from lm.optim import Optim
 
 ORIGIN, TOKENIZER = "origin", "tokenizer"
@@ -96,23 +97,60 @@ def experiment(path: str, workdir: str) -> Experiment:
         )
     length = int(found.config.get("max_position_embeddings") or LONGEST)
     length = int(found.config.get("n_positions") or length)
-    two: Any = {}
-    if isinstance(found.model, EncoderDecoder.Config):
-        two = {"packing": "documents", "isolate": True}
+    objective, kept = _objective(found), {}
+    if not isinstance(objective, batches.Causal):
+        kept = {"packing": "documents", "isolate": True}
     return Experiment(
         name=name,
-        about=f"{found.family.architecture}, imported",
+        about=f"{_architecture(found)}, imported",
         model=found.model,
         data=Data(
             source=("tfds:lm_text/shakespeare",),
             length=min(length, LONGEST),
             tokenizer=coder,
-            **two,
+            **kept,
         ),
-        objective=Seq2Seq() if two else Causal(),
+        objective=objective,
         optim=Optim(learning_rate=2e-5),
         train=Train(batch_size=8),
     )
+
+
+def _architecture(found: Model) -> str:
+    """Returns the class of transformers that a model is stored as."""
+    family = found.family
+    return family.write(found.model).get("architectures", [family.architecture])[0]
+
+
+def _objective(found: Model) -> batches.Objective:
+    """Returns what a model that was imported can be trained by."""
+    head = kinds.head(found.model)
+    if isinstance(found.model, EncoderDecoder.Config):
+        return batches.Seq2Seq()
+    if head is None:
+        return batches.Causal()
+    if isinstance(head, Classes.Config):
+        return batches.Classification(labels=_labels(found.config, head.classes))
+    mask = None
+    if pretrained.MAIN in found.tokenizer:
+        mask = tokenizers.from_files(found.tokenizer).mask
+    return batches.Masked(mask_id=mask)
+
+
+def _labels(data: dict[str, Any], classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes, as transformers has them where config.json has none."""
+    names = data.get("id2label") or {}
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(classes))
+
+
+def _labelled(data: dict[str, Any], objective: batches.Objective) -> dict[str, Any]:
+    """Returns a config.json that names the classes as the objective does."""
+    labels = getattr(objective, "labels", ())
+    if labels == _labels(data, len(labels)):
+        return data
+    names = {str(i): name for i, name in enumerate(labels)}
+    numbers = {name: i for i, name in enumerate(labels)}
+    return {**data, "id2label": names, "label2id": numbers}
 
 
 def bring_in(
@@ -144,9 +182,8 @@ def bring_in(
     for name in table.copies:
         if name in left:
             _same(source, name, table.embedding)
-    say(_summary(found, source, prog, left))
-
     coder = _coder(found, experiment)
+    say(_summary(found, source, prog, left, coder))
     tokenizers.sizes_agree(coder, vocab)
     params = weights.read(prog, source, every)
     kept = checkpoint.Checkpoints(str(place / checkpoint.FOLDER), report=say)
@@ -185,24 +222,27 @@ def _write_json(path: epath.Path, data: Any) -> None:
 
 
 class _Renamed:
-    """A source whose names lack the prefix that the table has: files of a bare base model."""
+    """A source whose names are not quite the table's."""
 
-    def __init__(self, source: files.Source, prefix: str):
-        self._source, self._cut = source, len(prefix)
+    def __init__(self, source: files.Source, names: dict[str, str]):
+        self._source, self._names = source, names  # the table's: the file's
         self.dtypes = source.dtypes
-        self.shapes = {prefix + name: shape for name, shape in source.shapes.items()}
+        self.shapes = {ours: source.shapes[name] for ours, name in names.items()}
 
     def tensor(self, name: str) -> Any:
-        return self._source.tensor(name[self._cut :])
+        return self._source.tensor(self._names[name])
 
 
 def _named(found: Model, names: list[str]) -> files.Source:
     """Returns the tensors by the table's names."""
     source, prefix = found.tensors(), found.family.prefix
     if prefix and not any(n.startswith(prefix) for n in source.shapes):
-        renamed = _Renamed(source, prefix)
+        # Files of a bare base model.
+        renamed = _Renamed(source, {prefix + n: n for n in source.shapes})
         if set(names) & renamed.shapes.keys():
             return renamed
+    if found.family.renamed:
+        return _Renamed(source, {found.family.renamed(n): n for n in source.shapes})
     return source
 
 
@@ -214,14 +254,23 @@ def _same(source: files.Source, name: str, embedding: str) -> None:
         )
 
 
-def _summary(found: Model, source: files.Source, prog: Any, left: list[str]) -> str:
+def _summary(
+    found: Model,
+    source: files.Source,
+    prog: Any,
+    left: list[str],
+    coder: tokenizers.Tokenizer,
+) -> str:
     count = sum(x.size for x in prog.shapes.values())
     kinds = ", ".join(f"{n} in {d}" for d, n in Counter(source.dtypes.values()).items())
     lines = [
-        f"{found.family.architecture}: {count / 1e6:.1f} M parameters; tensors: {kinds}"
+        f"{_architecture(found)}: {count / 1e6:.1f} M parameters; tensors: {kinds}"
     ]
     if left:
-        lines.append(f"left out: {len(left)} tensors that are no weights, as {left[0]}")
+        some = f"{len(left)} tensors" if len(left) > 1 else "1 tensor"
+        lines.append(f"left out: {some} that the model does not use, as {left[0]}")
+    if not coder.token_bytes.any():
+        lines.append("the tokenizer does not keep text as it is: no bits per byte")
     rates = families.Fields(found.config).dropouts()
     if rates:
         some = ", ".join(f"{k}={v}" for k, v in rates.items())
@@ -299,9 +348,13 @@ def _described(
         family, model = families.read(data, str(origin / "config.json"))
         if essence(model) == essence(experiment.model):
             data.pop("torch_dtype", None)
+            data = _labelled(data, experiment.objective)
             return family, data, files.read_json(origin / "tensors.json")
     family, data = families.write(experiment.model)
+    data = _labelled(data, experiment.objective)
     marks = {"bos_token_id": coder.eot, "eos_token_id": (*coder.ends, coder.eot)[0]}
+    if kinds.head(experiment.model) is not None:
+        marks = {}
     length = experiment.data.length
     if data.get("decoder_start_token_id", 0) is None:
         data["decoder_start_token_id"] = coder.eot  # as rows have it

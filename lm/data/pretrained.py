@@ -1,7 +1,9 @@
 """Tokenizers of Hugging Face: a `tokenizer.json`, and what stands beside it.
 
 The package `tokenizers` encodes; decoding is ours, by the bytes of each token, so that text comes
-back exactly and bits per byte count the right bytes.
+back exactly and bits per byte count the right bytes. WordPiece (BERT's) keeps no white space and
+often no case: of it words come back, and as no token has bytes of the text, there are no bits per
+byte.
 """
 
 import dataclasses
@@ -59,12 +61,17 @@ class HuggingFaceTokenizer(Pieces):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        super().__init__(_pieces(self._tokenizer, json.loads(text), source))
+        data = json.loads(text)
+        super().__init__(_pieces(self._tokenizer, data, source))
         self.size = len(self.pieces)
-        self._prefixed = self._bytes_of("a").startswith(b" ")
+        lossy = _lossy(data)
+        self._prefixed = lossy or self._bytes_of("a").startswith(b" ")
         marks = self._marks()
         self.eot = marks[0]
         self.ends = tuple(sorted(set(marks)))
+        self.mask = self._tokenizer.token_to_id(self.special("mask_token") or "\0")
+        if lossy:  # 0 is unknown
+            self.token_bytes = np.zeros(self.size, np.int32)
 
     def _json(self, name: str) -> dict[str, Any]:
         return json.loads(self._files.get(name, b"{}"))
@@ -82,7 +89,8 @@ class HuggingFaceTokenizer(Pieces):
         """Returns the id that begins a text, and those that end one."""
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a", add_special_tokens=True).ids
-        first = whole[: whole.index(plain[0])]
+        at = whole.index(plain[0])
+        first, self.close = whole[:at], tuple(whole[at + len(plain) :])
         ends = self._json("generation_config.json").get("eos_token_id")
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         for name in ("eos_token", "bos_token"):
@@ -181,10 +189,23 @@ def _spelling(data: dict[str, Any], source: str) -> Any:
         return lambda token: bytes(table[c] for c in token if c in table)
     if "ByteFallback" in kinds or "Metaspace" in kinds:
         return _spell_pieces
+    if _lossy(data):
+        return functools.partial(_spell_words, decoder.get("prefix", "##"))
     raise ConfigError(
         f"{source}: decoder {decoder.get('type')!r} is not supported; lm knows ByteLevel, "
-        "Metaspace and ByteFallback"
+        "Metaspace, ByteFallback and WordPiece"
     )
+
+
+def _lossy(data: dict[str, Any]) -> bool:
+    """Whether a tokenizer's text does not come back: words without what was between them."""
+    return (data.get("decoder") or {}).get("type") == "WordPiece"
+
+
+def _spell_words(prefix: str, token: str) -> bytes:
+    """The text of a piece: what continues no word stands after a space."""
+    begins = not token.startswith(prefix)
+    return f" {token}".encode() if begins else token.removeprefix(prefix).encode()
 
 
 def _spell_pieces(token: str) -> bytes:

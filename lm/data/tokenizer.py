@@ -66,6 +66,8 @@ class Pieces:
     size: int  # the true vocabulary, before padding
     eot: int  # begins every document
     ends: tuple[int, ...] = ()  # tokens besides it that end a text a model writes
+    close: tuple[int, ...] = ()  # stand after a text that is read whole
+    mask: int | None = None  # stands for a token that is hidden; None: it has none
     spare = False  # a model may have more tokens than these
 
     def __init__(self, pieces: list[bytes]) -> None:

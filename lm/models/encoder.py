@@ -12,11 +12,12 @@ from lm.config import ConfigError
 from lm.models import stack
 from lm.models.model import Model
 from lm.nn.attention import Attention
-from lm.nn.blockwise import Tokens
 from lm.nn.ffn import Mlp
-from lm.nn.heads import Classes, Words
+from lm.nn.heads import Classes, Pooler, Words
 from lm.nn.layers import LayerNorm, Learned, Norm
 from lm.nn.param import param
+
+_HEADS: dict[Any, Any] = {head.Config: head for head in (Words, Classes, Pooler)}
 
 
 class Encoder(Model):
@@ -33,7 +34,7 @@ class Encoder(Model):
         ffn: Mlp.Config = Mlp.Config(activation="gelu", bias=True)
         positions: Learned = Learned(length=512)
         types: int = 2  # kinds of texts in a row; a text alone is of the first kind
-        head: Words.Config | Classes.Config = Words.Config()
+        head: Words.Config | Classes.Config | Pooler.Config = Words.Config()
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -70,7 +71,7 @@ class Encoder(Model):
         super().__init__(config, rngs)
         D, std = config.dim, config.init_std
         self.type_cd = param(rngs, (config.types, D), ("position", "embed"), std)
-        kind: Any = Classes if isinstance(config.head, Classes.Config) else Words
+        kind: Any = _HEADS[type(config.head)]
         self.end = kind(config.head, D, config.vocab_rows, std, rngs)
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> Array:
@@ -92,10 +93,3 @@ class Encoder(Model):
     def head_bias(self) -> nnx.Param | None:
         """The shift [V] of each id's logit."""
         return self.end.bias_v if isinstance(self.end, Words) else None
-
-    def classes(
-        self, x_BTD: Float[Array, "B T D"], tokens: Tokens
-    ) -> Float[Array, "B C"]:
-        """Returns fp32 logits of a text's classes, from what `final` returned."""
-        assert isinstance(self.end, Classes)
-        return self.end.scores(x_BTD, tokens)

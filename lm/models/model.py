@@ -22,6 +22,7 @@ from lm.models import chunk, stack
 from lm.nn import attend
 from lm.nn.attention import Attention
 from lm.nn.blockwise import NEG, Tokens, cap
+from lm.nn.heads import END
 from lm.nn.latent import Latent
 from lm.nn.layers import (
     Learned,
@@ -75,8 +76,9 @@ class Model(nnx.Module):
         scan: bool = True  # compile one layer and loop, or unroll them all
 
         def __post_init__(self) -> None:
-            for name in ("layers", "dim", "vocab_size", "vocab_multiple"):
-                self._check_size(name, DEEPEST if name == "layers" else 2**31 - 1)
+            self._check_layers()
+            for name in ("dim", "vocab_size", "vocab_multiple"):
+                self._check_size(name)
             if not 0 <= self.dropout < 1:
                 raise ConfigError(
                     f"model.dropout={self.dropout}: expected 0 <= dropout < 1"
@@ -85,6 +87,9 @@ class Model(nnx.Module):
                 raise ConfigError(
                     f"model.dtype={self.dtype}: expected auto, float32 or bfloat16"
                 )
+
+        def _check_layers(self) -> None:
+            self._check_size("layers", DEEPEST)
 
         def _check_size(self, name: str, most: int = 2**31 - 1) -> None:
             if not 1 <= getattr(self, name) <= most:
@@ -301,6 +306,13 @@ class Model(nnx.Module):
         logits, _ = cap(self.config.head_softcap, logits)
         real = jnp.arange(self.config.vocab_rows) < self.config.vocab_size
         return jnp.where(real[None, None], logits, NEG)
+
+    def classes(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens
+    ) -> Float[Array, "B C"]:
+        """Returns fp32 logits of a text's classes, from what `final` returned."""
+        end: Any = getattr(self, END)
+        return end.scores(x_BTD, tokens)
 
     def empty_cache(self, batch: int, length: int, source: Source | None = None) -> Any:
         """Returns what decoding keeps of `batch` rows of `length` tokens, leaves [L, B, ...]."""

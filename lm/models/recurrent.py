@@ -8,9 +8,13 @@ one to the next. An evaluation set's `stride` gives each window context instead.
 
 import dataclasses
 
+from flax import nnx
+
+from lm.config import ConfigError
 from lm.models import stack
 from lm.models.model import Model
 from lm.nn.ffn import Mlp
+from lm.nn.heads import Classes
 from lm.nn.recurrent import Gru, Lstm
 
 
@@ -21,8 +25,24 @@ class Recurrent(Model):
     class Config(Model.Config):
         mixer: Lstm.Config | Gru.Config = Lstm.Config()
         ffn: Mlp.Config | None = None  # after each mixer; None: there is none
+        head: Classes.Config | None = None  # of texts; None: the next token
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.head is not None and self.head.pool == "first":
+                raise ConfigError(
+                    "model.head.pool=first: the first state of a recurrent model has read one "
+                    "token; use last or mean"
+                )
 
         @property
         def blocks(self) -> tuple[stack.Block.Config, ...]:
             """Every layer's config."""
             return (self._block_of(mixer=self.mixer, ffn=self.ffn),) * self.layers
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        if config.head is not None:
+            self.end = Classes(
+                config.head, config.dim, config.vocab_rows, config.init_std, rngs
+            )

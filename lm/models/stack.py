@@ -226,6 +226,8 @@ def grouped(kinds: Sequence[Any]) -> list[tuple[int, tuple[Any, ...]]]:
     Equal layers are one stack. Else a run of equal ones at the start, the shortest unit that the
     others repeat (twice at least), and what remains of a last unit; without such a unit, runs.
     """
+    if not kinds:
+        return []
     kinds = tuple(kinds)
     count, lead = len(kinds), _runs(kinds)[0][0]
     for period in range(1, count // 2 + 1):
@@ -304,7 +306,8 @@ def run(
         sums.append(aux)
         caches.append(mine)
         at = after
-    return x_BTD, add(sums), jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
+    cache = jax.tree.map(lambda *a: jnp.concatenate(a), *caches) if caches else cache
+    return x_BTD, add(sums), cache
 
 
 def add(sums: Sequence[dict[str, Array]]) -> dict[str, Array]:

@@ -245,7 +245,7 @@ def placement(layers: int, stages: int, rounds: int = 1) -> np.ndarray:
         ConfigError: fewer layers than chunks.
     """
     chunks = stages * rounds
-    if layers < chunks:
+    if layers < chunks > 1:  # one chunk may be of no layers
         raise ConfigError(
             f"model.layers={layers} are fewer than the {chunks} chunks of mesh.pipe={stages} x "
             f"pipeline.rounds={rounds}; use fewer stages or rounds"

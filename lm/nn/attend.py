@@ -16,10 +16,11 @@ devices with rows of their own.
 import dataclasses
 import functools
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Float
 
 from lm import sharding
@@ -30,6 +31,7 @@ from lm.nn.blockwise import Mask, Tokens
 Implementation = Literal["auto", "einsum", "blockwise", "cudnn", "splash"]
 Context = Literal["auto", "ring", "gather"]
 SHORT = 1024 * 1024  # T x S up to which forming the scores is cheap
+IN_NAME = "dot_product_attention"  # of cuDNN, in traces for GPUs that are not here
 GATHERED = (
     8192  # S up to which all keys and values are small beside the rest of a layer
 )
@@ -50,6 +52,7 @@ class Case:
     mask: Mask
     shards: int = 1  # devices that split the row
     lse: bool = False  # the log-sum-exp is used, and its gradient
+    capability: float = 0.0  # compute capability of the GPU
     bias: bool = False  # scores have a learned part of their own, `relative.scores`
 
     def how(self, asked: Implementation, context: Context) -> str:
@@ -74,8 +77,11 @@ class Case:
         if implementation == "cudnn":
             if self.platform != "gpu":
                 return f"it needs an NVIDIA GPU, this is {self.platform}"
-            if (capability := _capability()) < 8:
-                return f"it needs an NVIDIA GPU of compute capability 8, here it is {capability:g}"
+            if self.capability < 8:
+                return (
+                    "it needs an NVIDIA GPU of compute capability 8, here it is "
+                    f"{self.capability:g}"
+                )
             if self.dtype not in ("bfloat16", "float16"):
                 return f"it computes in bfloat16 or float16, not {self.dtype}"
             if self.packed:
@@ -163,20 +169,25 @@ class Case:
 class Row:
     """Rows of a train step, which attend to themselves or to others."""
 
-    platform: str
+    layout: sharding.Layout
     length: int  # tokens
     dtype: str
     packed: bool
-    shards: int = 1  # devices that split the row
     bias: bool = False  # see `Case`
     keys: int | None = None  # tokens of the other rows; None: to themselves
+
+    @property
+    def shards(self) -> int:
+        """Devices that split the row."""
+        return self.layout.size("length")
 
     def case(
         self, head_dim: int, mask: Mask, packed: bool = False, lse: bool = False
     ) -> Case:
         """Returns what attention over the rows needs; `packed` where it does whatever they are."""
         return Case(
-            platform=self.platform,
+            platform=self.layout.platform,
+            capability=_capability(self.layout),
             queries=self.length,
             keys=self.length if self.keys is None else self.keys,
             head_dim=head_dim,
@@ -214,6 +225,7 @@ def attend(
     layout = sharding.current()
     case = Case(
         platform=layout.platform,
+        capability=_capability(layout),
         queries=q_BTKGH.shape[1],
         keys=k_BSKH.shape[1],
         head_dim=q_BTKGH.shape[4],
@@ -264,20 +276,59 @@ def _local(implementation, case, q, k, v, q_pos, q_seg, kv_pos, kv_seg, bias=Non
     return (_splash(mask, q, k, v, q_seg, kv_seg).reshape(B, T, K, G, H),)
 
 
-def _capability() -> float:
-    """Compute capability of the GPU that this process has; 0 without one."""
-    if jax.default_backend() != "gpu":
+def _capability(layout: sharding.Layout) -> float:
+    """Compute capability of a mesh's GPUs; those that exist in name only can all."""
+    if layout.platform != "gpu":
         return 0.0
-    return float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    if isinstance(layout.mesh, AbstractMesh):
+        return math.inf
+    return float(getattr(layout.mesh.devices.flat[0], "compute_capability", 0))
 
 
-def _cudnn(mask, q, k, v):
+def _cudnn(mask: Mask, q: Any, k: Any, v: Any) -> Any:
+    if isinstance(sharding.current().mesh, AbstractMesh):
+        return _in_name(mask.causal, q, k, v)
     window = None if mask.window is None else (mask.window - 1, 0)
     out, lse = jax.nn.dot_product_attention(
         q, k, v, scale=mask.scale, is_causal=mask.causal, local_window_size=window,
         implementation="cudnn", return_residual=True,
     )  # fmt: skip
     return out, lse.transpose(0, 2, 1)
+
+
+def _name(which: str, causal: bool) -> str:
+    return f"{IN_NAME}_{which}{'_causal' if causal else ''}"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_name(causal: bool, q: Any, k: Any, v: Any) -> Any:
+    """Types of what cuDNN's attention returns, where no GPU is: to trace, not to run."""
+    B, T, N, _ = q.shape
+    lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    name = _name("fwd", causal)
+    call: Any = jax.ffi.ffi_call(name, (q, lse), vmap_method="broadcast_all")
+    return call(q, k, v)
+
+
+def _in_name_forward(causal: bool, q: Any, k: Any, v: Any) -> Any:
+    made: Any = _in_name(causal, q, k, v)
+    return made, (q, k, v, *made)
+
+
+def _in_name_backward(causal: bool, kept: Any, grads: Any) -> Any:
+    q, k, v, *_ = kept
+    call: Any = jax.ffi.ffi_call(
+        _name("bwd", causal), (q, k, v), vmap_method="broadcast_all"
+    )
+    return call(*kept, grads[0])
+
+
+_in_name.defvjp(_in_name_forward, _in_name_backward)
+
+
+def tile(queries: int, keys: int) -> int:
+    """Returns the length of the blocks of the kernel for TPUs."""
+    return max(b for b in (128, 256, 512) if queries % b == 0 and keys % b == 0)
 
 
 def _splash(mask, q, k, v, q_seg, kv_seg):
@@ -294,7 +345,7 @@ def _splash(mask, q, k, v, q_seg, kv_seg):
     else:
         one = masks.CausalMask((T, S)) if mask.causal else masks.FullMask((T, S))
     heads = masks.MultiHeadMask([one] * q.shape[2])
-    block = max(b for b in (128, 256, 512) if T % b == 0 and S % b == 0)
+    block = tile(T, S)
     sizes = kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,

@@ -71,12 +71,15 @@ class Attention(nnx.Module):
                 ordered=ordered,
             )
 
-        def how(self, row: attend.Row, head_dim: int) -> str:
-            """Returns in words how attention over such rows is computed."""
+        def case(self, row: attend.Row, head_dim: int) -> attend.Case:
+            """Returns what attention over such rows needs."""
             H = self.head_dim or head_dim
             mask = self.mask(H, ordered=row.keys is None)
-            case = row.case(H, mask, packed=not self.causal, lse=self.sinks)
-            return case.how(self.implementation, self.context)
+            return row.case(H, mask, packed=not self.causal, lse=self.sinks)
+
+        def how(self, row: attend.Row, head_dim: int) -> str:
+            """Returns in words how attention over such rows is computed."""
+            return self.case(row, head_dim).how(self.implementation, self.context)
 
     def __init__(self, config: Config, dim: int, heads: int, kv_heads: int, std: float,
                  out_std: float, norm: RmsNorm.Config, rngs: nnx.Rngs,

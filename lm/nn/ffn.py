@@ -1,6 +1,7 @@
 """Feed-forward layers. Shapes: B batch, T length, D embed, F hidden."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -11,8 +12,12 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn.param import einsum, gather, param, stored, weight
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu", "clamped"]
-PLAIN = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}  # without a gate
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_erf", "relu", "clamped"]
+PLAIN = {  # without a gate
+    "gelu": jax.nn.gelu,
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 STEEP = 1.702  # of the sigmoid in a clamped SwiGLU
 
 
@@ -35,7 +40,7 @@ class Mlp(nnx.Module):
         hidden: int | None = (
             None  # F; None: 4 D, or when gated 8/3 D up to a multiple of 128
         )
-        activation: Activation = "swiglu"  # GELU by its tanh formula
+        activation: Activation = "swiglu"  # GELU by its tanh formula, but in gelu_erf
         limit: float = 7.0  # of a clamped SwiGLU
         bias: bool = False  # learned shifts after both products
 

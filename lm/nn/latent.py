@@ -62,11 +62,14 @@ class Latent(nnx.Module):
             """Returns what a query sees, and how scores are formed."""
             return Mask(scale=self.scale or self.head_dim**-0.5, ordered=ordered)
 
+        def case(self, row: attend.Row, head_dim: int) -> attend.Case:
+            """Returns what attention over such rows needs."""
+            del head_dim
+            return row.case(max(self.head_dim, self.value_dim), self.mask())
+
         def how(self, row: attend.Row, head_dim: int) -> str:
             """Returns in words how attention over such rows is computed."""
-            del head_dim
-            case = row.case(max(self.head_dim, self.value_dim), self.mask())
-            return case.how(self.implementation, self.context)
+            return self.case(row, head_dim).how(self.implementation, self.context)
 
     def __init__(
         self,

@@ -1,25 +1,210 @@
-"""What chips can do at best: the denominators of MFU. Adding a chip is adding a row."""
+"""What chips can do at best, with a source beside every number. Adding a chip is adding a row.
 
+Peaks are those of dense products; a multiply-add is two operations. Bytes a second of a link are
+those that a chip receives, over all its ports, while it sends as many: half of what vendors call
+bidirectional.
+"""
+
+import dataclasses
+import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 operations a second of one device, by a part of jax's `device_kind`; first match wins.
-PEAK = {
-    "TPU v6": 918e12,  # cloud.google.com/tpu/docs/v6e
-    "TPU v5p": 459e12,  # cloud.google.com/tpu/docs/v5p
-    "TPU v5 lite": 197e12,  # cloud.google.com/tpu/docs/v5e
-    "TPU v5e": 197e12,  # cloud.google.com/tpu/docs/v5e
-    "TPU v5": 459e12,  # jax's name of a v5p
-    "TPU v4": 275e12,  # cloud.google.com/tpu/docs/v4
-    "B200": 2250e12,  # NVIDIA Blackwell architecture brief, dense
-    "H200": 989e12,  # NVIDIA H200 data sheet, SXM, dense
-    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet, PCIe, dense
-    "H100": 989e12,  # NVIDIA H100 data sheet, SXM, dense
-    "A100": 312e12,  # NVIDIA A100 data sheet, dense
-}
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A device of one kind, and the host that it is in."""
+
+    name: str
+    kinds: tuple[str, ...]  # parts of jax's `device_kind`
+    platform: Literal["tpu", "gpu", "cpu"]
+    bf16: float  # operations a second
+    reach: float  # share of it that large products have been seen to take
+    fp8: float  # the same; bf16's where it has none of its own
+    int8: float
+    hbm: int  # bytes
+    bandwidth: float  # of the HBM, bytes a second
+    torus: int  # dimensions of the torus that near links form; 0: a switch joins a host
+    links: float  # bytes a second over all near links
+    network: float  # bytes a second for a chip between hosts (GPUs) or slices (TPUs)
+    watts: float | None  # at full load; None: not published
+    host_chips: int
+    host_ram: int  # bytes
+    largest: int  # chips that near links join at most
+    sources: dict[str, str]
+
+    @property
+    def link(self) -> str:
+        """Name of its near links."""
+        return {"tpu": "ici", "gpu": "nvlink", "cpu": "memory"}[self.platform]
+
+    @property
+    def far(self) -> str:
+        """Name of what joins hosts of GPUs, or slices of TPUs."""
+        return {"tpu": "dcn", "gpu": "network", "cpu": "memory"}[self.platform]
+
+    @property
+    def link_ways(self) -> int:
+        """Near links to different neighbours; of a switch 1."""
+        return max(2 * self.torus, 1)
+
+
+TPU = "docs.cloud.google.com/tpu/docs/"
+WATTS_7X = "blog.google, Ironwood: nearly 10 MW for a pod of 9216"
+WATTS_V6E = "twice 7x's operations a joule less: blog.google, Ironwood, fp8 peak a watt"
+WATTS_V5E = "67 % fewer operations a joule than v6e: cloud.google.com/blog, Trillium"
+H100_SHEET = "NVIDIA H100 data sheet, SXM, dense"
+H200_SHEET = "NVIDIA H200 data sheet, SXM, dense"
+A100_SHEET = "NVIDIA A100 data sheet, SXM 80 GB, dense"
+MAMF = "github.com/stas00/ml-engineering, maximum achievable matmul FLOPS"
+ASSUMED = "assumed, not published; tests/published_test.py compares with published runs"
+B200_SHEET = "NVIDIA Blackwell architecture brief, HGX B200, dense"
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v4", kinds=("TPU v4",), platform="tpu",
+            bf16=275 * TERA, fp8=275 * TERA, int8=275 * TERA,
+            reach=0.9, hbm=32 * GIB, bandwidth=1200 * GIGA,
+            torus=3, links=300 * GIGA, network=6.25 * GIGA,
+            watts=192, host_chips=4, host_ram=407 * 10**9, largest=4096,
+            sources={
+                "reach": ASSUMED,
+                "bf16 int8 hbm bandwidth watts largest": f"{TPU}v4",
+                "fp8": "computed in bf16",
+                "torus links": f"{TPU}system-architecture-tpu-vm: 2400 Gb/s, 3D torus",
+                "network": "as v5p, the chip of the same class: not published",
+                "host_chips host_ram": f"{TPU}v4: ct4p-hightpu-4t",
+            },
+        ),
+        Chip(
+            name="v5e", kinds=("TPU v5 lite", "TPU v5e"), platform="tpu",
+            bf16=197 * TERA, fp8=197 * TERA, int8=393 * TERA,
+            reach=0.9, hbm=16 * GIB, bandwidth=819 * GIGA,
+            torus=2, links=200 * GIGA, network=3.125 * GIGA,
+            watts=155, host_chips=8, host_ram=512 * GIB, largest=256,
+            sources={
+                "reach": ASSUMED,
+                "bf16 int8 hbm bandwidth torus largest": f"{TPU}v5e",
+                "fp8": "computed in bf16",
+                "links": f"{TPU}v5e: 400 GB/s bidirectional",
+                "network": f"{TPU}v6e: hosts of 8 with 2 x 100 Gb/s",
+                "watts": WATTS_V5E,
+                "host_chips host_ram": f"{TPU}v5e",
+            },
+        ),
+        Chip(
+            name="v5p", kinds=("TPU v5p", "TPU v5"), platform="tpu",
+            bf16=459 * TERA, fp8=459 * TERA, int8=918 * TERA,
+            reach=0.9, hbm=95 * GIB, bandwidth=2765 * GIGA,
+            torus=3, links=600 * GIGA, network=6.25 * GIGA,
+            watts=None, host_chips=4, host_ram=448 * 10**9, largest=6144,
+            sources={
+                "reach": ASSUMED,
+                "bf16 fp8 hbm bandwidth torus largest": f"{TPU}v5p",
+                "int8": "cloud.google.com/blog, TPU v5p: 918 TOPS",
+                "links": f"{TPU}v5p: 1200 GB/s bidirectional",
+                "network": f"{TPU}v5p: 50 Gb/s a chip",
+                "host_chips host_ram": f"{TPU}v5p: ct5p-hightpu-4t",
+                "watts": "not published",
+            },
+        ),
+        Chip(
+            name="v6e", kinds=("TPU v6",), platform="tpu",
+            bf16=918 * TERA, fp8=918 * TERA, int8=1836 * TERA,
+            reach=0.9, hbm=32 * GIB, bandwidth=1640 * GIGA,
+            torus=2, links=400 * GIGA, network=12.5 * GIGA,
+            watts=432, host_chips=8, host_ram=1536 * GIB, largest=256,
+            sources={
+                "reach": ASSUMED,
+                "bf16 fp8 int8 hbm bandwidth torus largest": f"{TPU}v6e",
+                "links": f"{TPU}v6e: 800 GB/s bidirectional",
+                "network": f"{TPU}v6e: 100 Gb/s a chip",
+                "watts": WATTS_V6E,
+                "host_chips host_ram": f"{TPU}v6e",
+            },
+        ),
+        Chip(
+            name="7x", kinds=("TPU7x", "TPU v7"), platform="tpu",
+            bf16=2307 * TERA, fp8=4614 * TERA, int8=4614 * TERA,
+            reach=0.9, hbm=192 * GIB, bandwidth=7380 * GIGA,
+            torus=3, links=600 * GIGA, network=12.5 * GIGA,
+            watts=1085, host_chips=4, host_ram=960 * 10**9, largest=9216,
+            sources={
+                "reach": ASSUMED,
+                "bf16 fp8 hbm bandwidth largest": f"{TPU}tpu7x",
+                "int8": "as fp8: not published",
+                "torus": f"{TPU}tpu7x: like v5p",
+                "links": f"{TPU}tpu7x: 1200 GB/s bidirectional",
+                "network": f"{TPU}tpu7x: 100 Gb/s a chip",
+                "watts": WATTS_7X,
+                "host_chips host_ram": f"{TPU}tpu7x: a VM of 4",
+            },
+        ),
+        Chip(
+            name="a100", kinds=("A100",), platform="gpu",
+            bf16=312 * TERA, fp8=312 * TERA, int8=624 * TERA,
+            reach=0.87, hbm=80 * GIB, bandwidth=2039 * GIGA,
+            torus=0, links=300 * GIGA, network=25 * GIGA,
+            watts=400, host_chips=8, host_ram=2 * 10**12, largest=8,
+            sources={
+                "reach": MAMF,
+                "bf16 int8 hbm bandwidth watts": A100_SHEET,
+                "fp8": "computed in bf16",
+                "torus links largest": f"{A100_SHEET}: 600 GB/s bidirectional, a switch",
+                "network host_chips host_ram": "NVIDIA DGX A100: 200 Gb/s a GPU, 2 TB",
+            },
+        ),
+        Chip(
+            name="h100", kinds=("H100",), platform="gpu",
+            bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA,
+            reach=0.8, hbm=84_929_347_584, bandwidth=3350 * GIGA,
+            torus=0, links=450 * GIGA, network=50 * GIGA,
+            watts=700, host_chips=8, host_ram=2 * 10**12, largest=8,
+            sources={
+                "reach": MAMF,
+                "bf16 fp8 int8 bandwidth watts": H100_SHEET,
+                "hbm": "device_memory_size of lm/plan/h100.txtpb",
+                "torus links largest": f"{H100_SHEET}: 900 GB/s bidirectional, a switch",
+                "network host_chips host_ram": "NVIDIA DGX H100: 400 Gb/s a GPU, 2 TB",
+            },
+        ),
+        Chip(
+            name="h200", kinds=("H200",), platform="gpu",
+            bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA,
+            reach=0.8, hbm=141 * 10**9, bandwidth=4800 * GIGA,
+            torus=0, links=450 * GIGA, network=50 * GIGA,
+            watts=700, host_chips=8, host_ram=2 * 10**12, largest=8,
+            sources={
+                "reach": f"{MAMF}: as h100",
+                "bf16 fp8 int8 hbm bandwidth watts": H200_SHEET,
+                "torus links largest": f"{H200_SHEET}: 900 GB/s bidirectional, a switch",
+                "network host_chips host_ram": "NVIDIA DGX H200: 400 Gb/s a GPU, 2 TB",
+            },
+        ),
+        Chip(
+            name="b200", kinds=("B200",), platform="gpu",
+            bf16=2250 * TERA, fp8=4500 * TERA, int8=4500 * TERA,
+            reach=0.78, hbm=180 * 10**9, bandwidth=8000 * GIGA,
+            torus=0, links=900 * GIGA, network=50 * GIGA,
+            watts=1000, host_chips=8, host_ram=2 * 10**12, largest=8,
+            sources={
+                "reach": MAMF,
+                "bf16 fp8 int8 bandwidth watts": B200_SHEET,
+                "hbm": "docs.nvidia.com/dgx/dgxb200-user-guide: 1,440 GB for eight",
+                "torus links largest": f"{B200_SHEET}: 1.8 TB/s bidirectional, a switch",
+                "network host_chips host_ram": "NVIDIA DGX B200: 400 Gb/s a GPU, 2 TB",
+            },
+        ),
+    )
+}  # fmt: skip
+SLOWER = {"H100 PCIe": 756 * TERA}  # NVIDIA H100 data sheet, PCIe, dense
 
 
 def peak_flops(device: Any, devices: int) -> float | None:
@@ -28,23 +213,79 @@ def peak_flops(device: Any, devices: int) -> float | None:
     A CPU is measured on the spot (a tenth of a second), in fp32; emulated devices share it.
     """
     if device.platform == "cpu":
-        return _measured() / devices
-    return next(
-        (peak for name, peak in PEAK.items() if name in device.device_kind), None
+        return product_rate() / devices
+    return peak(device.device_kind)
+
+
+def peak(device_kind: str) -> float | None:
+    """Returns the bf16 operations a second of jax's `device_kind`; None if unknown."""
+    slower = next((p for name, p in SLOWER.items() if name in device_kind), None)
+    chip = known(device_kind)
+    return slower or (chip.bf16 if chip else None)
+
+
+def known(device_kind: str) -> Chip | None:
+    """Returns the chip of jax's `device_kind`, None where it has no row."""
+    fits = [(k, c) for c in CHIPS.values() for k in c.kinds if k in device_kind]
+    return max(fits, key=lambda fit: len(fit[0]), default=(None, None))[1]
+
+
+def cpu(devices: int) -> Chip:
+    """Returns the CPU that this runs on as a chip, measured (half a second).
+
+    Emulated devices share its arithmetic, its memory and the way to it.
+    """
+    rate, bandwidth = product_rate() / devices, copy_rate() / devices
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Chip(
+        name="cpu",
+        kinds=("cpu",),
+        platform="cpu",
+        bf16=rate,
+        reach=1.0,
+        fp8=rate,
+        int8=rate,
+        hbm=memory // devices,
+        bandwidth=bandwidth,
+        torus=0,
+        links=bandwidth / 2,  # what one device writes another reads
+        network=bandwidth / 2,
+        watts=None,
+        host_chips=devices,
+        host_ram=memory,
+        largest=devices,
+        sources={"bf16 reach fp8 int8 bandwidth links network": "measured, fp32"},
     )
 
 
-def _measured(size: int = 1024, rounds: int = 5) -> float:
-    """Returns the rate of the best of a few fp32 matrix products on the CPU."""
+def product_rate(size: int = 1024) -> float:
+    """Returns operations a second of the best of a few fp32 products of squares on the CPU."""
+    a = _ones((size, size))
+    return 2 * size**3 / _least(jax.jit(lambda a: a @ a), a)
+
+
+def copy_rate(size: int = 2**25) -> float:
+    """Returns bytes a second read and written by the best of a few copies on the CPU."""
+    a, times = _ones((size,)), 4
+
+    def copies(a: Any) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, a: a + 1, a)
+
+    return times * 2 * a.nbytes / _least(jax.jit(copies), a)
+
+
+def _ones(shape: tuple[int, ...]) -> Any:
     device = jax.local_devices(backend="cpu")[0]
-    a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
-    best = min(_seconds(product, a) for _ in range(rounds))
-    return 2 * size**3 / best
+    return jax.device_put(jnp.ones(shape, jnp.float32), device)
 
 
-def _seconds(f, a) -> float:
+def _least(f: Any, a: Any, rounds: int = 5) -> float:
+    """Seconds of the best of a few calls."""
+    f(a).block_until_ready()
+    return min(_seconds(f, a) for _ in range(rounds))
+
+
+def _seconds(f: Any, a: Any) -> float:
     start = time.perf_counter()
     f(a).block_until_ready()
     return time.perf_counter() - start

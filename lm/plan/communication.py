@@ -4,11 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from lm import batches, sharding, train
-from lm.models.encoder_decoder import EncoderDecoder
+from lm import sharding, train
 from lm.plan import collectives, minimum
 from lm.program import Program
 
@@ -31,31 +27,7 @@ class Row:
 def compiled(prog: Program) -> Any:
     """Returns the compiled train step of `prog`; no array exists."""
     step: Any = train.make_train_step(prog)
-    return step.lower(train.abstract_state(prog), batch(prog)).compile()
-
-
-def batch(prog: Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a train step's batch."""
-    e = prog.experiment
-    B, T = e.train.batch_size, e.data.length
-    U = batches.written(e.objective, e.data)
-    with sharding.use(prog.layout):
-        tokens = prog.sharding(sharding.spec("batch", "length"))
-        rows = prog.sharding(sharding.spec("batch"))
-
-    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        where = tokens if len(shape) == 2 else rows
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    names = ("tokens", "targets", "segments", "positions")
-    read = ("inputs", "input_segments", "input_positions")
-    read = read if isinstance(e.model, EncoderDecoder.Config) else ()
-    shapes = dict.fromkeys(names, (B, U)) | dict.fromkeys(read, (B, T))
-    return {name: of(shape, jnp.int32) for name, shape in shapes.items()} | {
-        "weights": of((B, U), jnp.float32),
-        "bytes": of((B,), jnp.int32),
-        "index": of((B,), jnp.uint32),
-    }
+    return step.lower(train.abstract_state(prog), train.abstract_batch(prog)).compile()
 
 
 def compare(prog: Program, found: Sequence[collectives.Collective]) -> list[Row]:

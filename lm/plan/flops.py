@@ -1,6 +1,7 @@
 """Floating-point operations of a model, counted from its config (a multiply-add is two)."""
 
 from lm.models import kinds
+from lm.models.bag import Bag
 from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.recurrent import Recurrent
@@ -27,8 +28,11 @@ def forward(
     al. 2022, appendix B); True only the keys a token may see.
     """
     c = config
+    if isinstance(c, Bag.Config):
+        return 2.0 * c.dim  # the mean; the head is a text's
     if isinstance(c, Recurrent.Config):
-        return 2.0 * (c.layers * _recurrent(c) + c.vocab_rows * c.dim)
+        head = 0 if c.head else c.vocab_rows * c.dim
+        return 2.0 * (c.layers * _recurrent(c) + head)
     if isinstance(c, Encoder.Config):
         return _encoder(c, length)
     if isinstance(c, EncoderDecoder.Config):

@@ -14,6 +14,7 @@ experts. C devices split the length.
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from lm import config, gathering, gradients, sharding
 from lm.config import ConfigError
@@ -38,12 +39,25 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Passes:
+class Passes:
     """How often a device runs each part in one step, over all microbatches."""
 
     forward: int  # its layers; the embedding as well
     head: int
     backward: int
+
+
+def passes(prog: Program) -> Passes:
+    """Returns how often a device runs each part: of a pipeline in every tick, idle or not."""
+    A = prog.experiment.train.accumulate
+    if not prog.staged:
+        return Passes(A, A, A)
+    ticks = dict.fromkeys("FHB", 0)
+    for loop in gradients.table(prog).loops:
+        for phase in loop.phases:
+            for kind in phase.kinds:
+                ticks[kind] += loop.times * phase.ticks
+    return Passes(*(A * ticks[kind] for kind in "FHB"))
 
 
 def totals(terms: Iterable[Term]) -> dict[tuple[str, frozenset[str]], float]:
@@ -80,11 +94,13 @@ class _Count:
 
     def __init__(self, prog: Program):
         self.prog, self.layout, e = prog, prog.layout, prog.experiment
-        if not isinstance(e.model, Transformer.Config):
+        split = [a for a in ("mlp", "length", "layers") if self.layout.axes(a)]
+        if split and not isinstance(e.model, Transformer.Config):
+            axes = ", ".join(f"mesh.{a}" for a in self.layout.axes(split[0]))
             raise ConfigError(
-                f"model={config.kind(type(e.model))}: there is no formula for it"
+                f"model={config.kind(type(e.model))}: there is no formula for what {axes} sends"
             )
-        self.model = e.model
+        self.model: Any = e.model
         single = self.model.dtype == "float32" or (
             self.model.dtype == "auto" and self.layout.platform == "cpu"
         )
@@ -93,14 +109,7 @@ class _Count:
         rows = e.train.batch_size // (A * M * self.layout.size("batch"))
         self.b, self.t = rows, e.data.length // self.layout.size("length")
         self.act = rows * self.t * self.model.dim * self.item  # [b, t, D]
-        self.passes = _Passes(A, A, A)
-        if prog.staged:
-            ticks = dict.fromkeys("FHB", 0)
-            for loop in gradients.table(prog).loops:
-                for phase in loop.phases:
-                    for kind in phase.kinds:
-                        ticks[kind] += loop.times * phase.ticks
-            self.passes = _Passes(*(A * ticks[kind] for kind in "FHB"))
+        self.passes = passes(prog)
         # Parts of layers that one pass runs: those of a chunk on a stage.
         self.mixers = len(prog.computed("mixer"))
         ffns = prog.computed("ffn")
@@ -321,17 +330,15 @@ class _Count:
         return case.share(self.model.attention.context)
 
     def _routed(self) -> float:
-        """Bytes of a device's buffers for experts: E times the room of each of its rows."""
+        """Bytes of a device's buffers for experts: E times the room of each of its rows. Where
+        none is dropped, as much as there are choices: routing in balance."""
         ffn = self.model.ffn
         if not isinstance(ffn, Moe.Config):
             return 0.0
         room = ffn.room(self.prog.experiment.data.length)
-        if room is None or isinstance(ffn.dispatch, Dropless):
-            raise ConfigError(
-                "model.ffn.dispatch=Dropless: how much is sent depends on the tokens; no minimum "
-                "is written down"
-            )
-        slots = self.b * ffn.experts * min(room, self.t)
+        slots = self.b * self.t * ffn.top_k
+        if room is not None and not isinstance(ffn.dispatch, Dropless):
+            slots = self.b * ffn.experts * min(room, self.t)
         return slots * self.model.dim * self.item
 
     def experts(self) -> Iterable[Term]:

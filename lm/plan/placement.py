@@ -7,6 +7,7 @@ import jax
 
 from lm import gathering, sharding
 from lm.program import Program
+from lm.terminal import size
 from lm.train import TrainState
 
 LARGE = 2**20  # bytes on a device above which a copy is named
@@ -15,20 +16,20 @@ LARGE = 2**20  # bytes on a device above which a copy is named
 def lines(prog: Program, state: TrainState) -> list[str]:
     """Returns lines for the user: bytes a device by what and by logical axis, and large copies."""
     whole = {
-        "parameters": _held(state.params),
-        "optimizer": _held(state.opt_state) + _held(state.ema),
-        "gradients": sum(_working(prog, path) for path in prog.shapes) * 4,  # fp32
+        "parameters": held(state.params),
+        "optimizer": held(state.opt_state) + held(state.ema),
+        "gradients": sum(working(prog, path) for path in prog.shapes) * 4,  # fp32
     }
     if gathered := gathered_bytes(prog):
         whole["weights gathered for a step"] = gathered
-    parts = ", ".join(f"{name} {_size(n)}" for name, n in whole.items())
+    parts = ", ".join(f"{name} {size(n)}" for name, n in whole.items())
     return [f"a device holds: {parts}", *_by_axis(prog), *copies(prog)]
 
 
 def gathered_bytes(prog: Program) -> int:
     """Returns the bytes of the weights that a device holds gathered (`pipeline.gather=step`)."""
     return sum(
-        _working(prog, path) * gathering.dtypes(prog, path)[1].itemsize
+        working(prog, path) * gathering.dtypes(prog, path)[1].itemsize
         for path, spec in prog.working.items()
         if spec != prog.specs[path]
     )
@@ -46,11 +47,11 @@ def copies(prog: Program) -> list[str]:
         for axis, n in mesh.items():
             if n == 1 or axis in used or axis in prog.layout.rules.replica:
                 continue
-            if (size := _bytes(prog, path)) > LARGE and _could_split(prog, path, n):
-                found[axis].append((size, path))
+            if (held := _bytes(prog, path)) > LARGE and _could_split(prog, path, n):
+                found[axis].append((held, path))
     return [
-        f"copied along {axis} {mesh[axis]}: {_size(sum(n for n, _ in some))} a device, "
-        + ", ".join(f"{path} {_size(n)}" for n, path in sorted(some, reverse=True))
+        f"copied along {axis} {mesh[axis]}: {size(sum(n for n, _ in some))} a device, "
+        + ", ".join(f"{path} {size(n)}" for n, path in sorted(some, reverse=True))
         + "; mesh.fsdp splits them"
         for axis, some in found.items()
     ]
@@ -66,7 +67,7 @@ def _by_axis(prog: Program) -> list[str]:
     ordered = sorted(groups.items(), key=lambda item: -item[1])
     if list(groups) == ["whole"]:
         return []
-    return ["  split over " + ", ".join(f"{k}: {_size(n)}" for k, n in ordered)]
+    return ["  split over " + ", ".join(f"{k}: {size(n)}" for k, n in ordered)]
 
 
 def _could_split(prog: Program, path: str, n: int) -> bool:
@@ -79,7 +80,7 @@ def _local(prog: Program, path: str) -> tuple[int, ...]:
     return place.shard_shape(prog.shapes[path].shape)
 
 
-def _working(prog: Program, path: str) -> int:
+def working(prog: Program, path: str) -> int:
     """Entries of a parameter that a device computes with."""
     place = prog.sharding(prog.working[path])
     return math.prod(place.shard_shape(prog.shapes[path].shape))
@@ -89,17 +90,9 @@ def _bytes(prog: Program, path: str) -> int:
     return math.prod(_local(prog, path)) * 4
 
 
-def _held(tree: object) -> int:
+def held(tree: object) -> int:
     """Bytes of a device's shards of a tree, real or abstract."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} GB"

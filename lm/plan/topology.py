@@ -1,22 +1,19 @@
-"""Devices that are not here, by name: what XLA needs to compile for them is a plugin, no machine.
+"""Devices that are not here, as XLA's plugins describe them: programs compile, and cannot run.
 
-`v5e:2x4` is a TPU slice of that shape, `v5e:2x4*2` two of them, which a slow network joins;
-`h100:8` is a host of eight H100s and `h100:8*2` two such hosts. A program compiled for them states
-its memory and what it sends, and can't be run. TPUs need the extra `tpu`; H100s the packages
-`jax-cuda13-plugin` and `jax-cuda13-pjrt` (or cuda12) of jax's version and NVIDIA's cuDNN, which
-the extra `cuda` brings along.
+TPUs need the extra `plan-tpu`, NVIDIA GPUs `plan-gpu`: the plugins are libraries, no machine.
 """
 
 import importlib.resources
 import importlib.util
 import os
-import re
 from typing import Any
 
 import jax
 
 from lm import sharding
 from lm.config import ConfigError
+from lm.plan import target
+from lm.plan.target import Target
 
 # Set before jax looks for devices the first time, by `devices` at the latest. JAX_PLATFORMS must
 # be cpu by then too, as an environment variable or in jax.config: else jax looks for real ones.
@@ -27,59 +24,75 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: nothing is shared
 }
-TARGETS = {"h100": "h100.txtpb"}  # GPUs by what XLA knows of them
-PLUGINS = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
+CARDS = {"h100": "h100.txtpb"}  # GPUs by what XLA knows of them
+PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
 
 def devices(name: str) -> list[Any]:
-    """Returns the devices of a topology.
+    """Returns the devices of a target.
 
     Raises:
-        ConfigError: no such topology, or no plugin that compiles for it.
+        ConfigError: no such target, none that is compiled for, or no plugin that does it.
     """
-    parts = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
-    if not parts:
-        raise ConfigError(
-            f"topology {name!r}: expected TPUs like v5e:2x4, or GPUs like h100:8; *2 after it for "
-            "two of them"
-        )
-    kind, shape, count = parts[1], parts[2], int(parts[3] or 1)
-    platform = "cuda" if kind in TARGETS else "tpu"
-    if not any(importlib.util.find_spec(p) for p in PLUGINS[platform]):
-        raise ConfigError(
-            f"topology {name!r}: {' or '.join(PLUGINS[platform])} is not installed, which compiles "
-            f"for it; pip install 'jax[{'cuda13' if platform == 'cuda' else 'tpu'}]'"
-        )
+    return described(target.read(name))
+
+
+def described(wanted: Target) -> list[Any]:
+    """Returns the devices of a target that is read already; see `devices`."""
+    platform = wanted.chip.platform
+    check(wanted)
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    if platform == "cuda":
-        if not shape.isdecimal():
-            raise ConfigError(
-                f"topology {name!r}: expected the GPUs of a host, and their hosts, like "
-                f"{kind}:8*2"
-            )
-        target = importlib.resources.files("lm.plan").joinpath(TARGETS[kind])
-        text = target.read_text(encoding="utf-8")
-        wanted = {"topology": f"1x{count}x{shape}", "target_config": text}
-    else:
-        wanted = {"topology_name": f"{kind}:{shape}", "num_slices": count}
-    return _described(name, platform, wanted)
+    if platform == "gpu":
+        hosts, gpus = wanted.shape
+        card = importlib.resources.files("lm.plan").joinpath(CARDS[wanted.chip.name])
+        text = card.read_text(encoding="utf-8")
+        options = {"topology": f"1x{hosts}x{gpus}", "target_config": text}
+        return _described(wanted.name, "cuda", options)
+    shape = "x".join(map(str, wanted.shape))
+    options = {"topology_name": f"{wanted.chip.name}:{shape}"}
+    if wanted.slices > 1:
+        options["num_slices"] = wanted.slices  # type: ignore[assignment]
+    return _described(wanted.name, "tpu", options)
 
 
-def _described(name: str, platform: str, wanted: dict[str, Any]) -> list[Any]:
+def check(wanted: Target) -> None:
+    """Refuses targets that nothing here compiles for.
+
+    Raises:
+        ConfigError: why, and what to install.
+    """
+    chip = wanted.chip
+    if chip.platform == "cpu":
+        raise ConfigError(
+            f"--target={wanted.name}: a CPU is compiled for by training on it; "
+            "--depth=model plans it"
+        )
+    if chip.platform == "gpu" and chip.name not in CARDS:
+        raise ConfigError(
+            f"--target={wanted.name}: compiling for a GPU needs its description, and only "
+            f"{', '.join(CARDS)} has one here; use --depth=model"
+        )
+    if not any(importlib.util.find_spec(p) for p in PLUGINS[chip.platform]):
+        extra = {"tpu": "plan-tpu", "gpu": "plan-gpu"}[chip.platform]
+        raise ConfigError(
+            f"--target={wanted.name}: {' or '.join(PLUGINS[chip.platform])} is not installed, "
+            f"which compiles for it; pip install 'lm[{extra}]', or use --depth=model"
+        )
+
+
+def _described(name: str, platform: str, options: dict[str, Any]) -> list[Any]:
     from jax.experimental import topologies
 
-    if platform == "tpu" and wanted["num_slices"] == 1:
-        del wanted["num_slices"]
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
     try:
-        return list(topologies.get_topology_desc(platform=platform, **wanted).devices)
+        return list(topologies.get_topology_desc(platform=platform, **options).devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"topology {name!r}: {why}") from error
+        raise ConfigError(f"--target={name}: {why}") from error
 
 
 def layout(config: sharding.MeshConfig, name: str) -> sharding.Layout:
-    """Returns the layout of a mesh over a topology's devices, the first ones if it needs fewer."""
+    """Returns the layout of a mesh over a target's devices, the first ones if it needs fewer."""
     return sharding.make_layout(config, devices(name))

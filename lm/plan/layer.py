@@ -1,0 +1,403 @@
+"""What a layer, the embedding and the head cost a device, read from their own traces.
+
+The blocks that would train are traced on an abstract mesh, forward and backward, under the model's
+own policy of what the backward computes again: nothing is compiled and no array exists.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm import gathering, gradients, objectives, sharding, train, trees
+from lm.models import stack
+from lm.models.encoder_decoder import EncoderDecoder
+from lm.nn.blockwise import Tokens
+from lm.plan import jaxprs, local, pairs
+from lm.program import STACK, Program
+
+REPEATS = 2  # layers that are traced: fewer would be no loop
+MARK = "back from here"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one part of a model, for one microbatch on one device."""
+
+    flops_forward: float  # of products
+    flops_backward: float  # with what is computed again
+    bytes_forward: float  # read from and written to the device's memory
+    bytes_backward: float
+    waited_forward: float  # bytes of these that no product hides
+    waited_backward: float
+    kept: int  # bytes from forward to backward, beside parameters
+    shared: int = 0  # kept too, but once for all layers
+    working_forward: int  # bytes held at once, beside parameters and what is kept
+    working_backward: int
+    gathered_forward: int  # of these, what collectives make
+    gathered_backward: int
+
+    @property
+    def working(self) -> int:
+        """Bytes that the part holds at its fullest moment."""
+        return max(self.working_forward, self.working_backward)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Layers, or units of layers of several kinds, that cost the same."""
+
+    what: str  # in words
+    count: int  # units that a device runs one after another
+    layers: int  # of a unit
+    cost: Cost  # of a unit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Of a model's parts.
+
+    Of a pipeline's stage the one group is the chunk of layers that it runs at a time, once for
+    each of its rounds. Its backward runs it forward again, with what `kept` says, and that is
+    counted in the backward; from tick to tick a stage keeps the chunk's input only.
+    """
+
+    blocks: tuple[Group, ...]
+    embed: Cost
+    head: Cost  # norm, logits and loss, whose forward forms the gradient too
+
+
+def costs(prog: Program, rough: bool = False) -> Costs:
+    """Returns what the parts of a model cost a device, for one microbatch.
+
+    Where it may be `rough`, as for thousands of candidates, costs are read from traces of one and
+    of two rows and grow with the rows, and weights that are stored in shares have two.
+    """
+    count = rows(prog)
+    if not rough:
+        return _costs(prog, count)
+    mesh = prog.layout.mesh.shape
+    shares = {a: min(mesh[a], 2) for a in sharding.GATHERED}
+    prog = dataclasses.replace(prog, layout=_sized(prog.layout, shares))
+    if count <= 2:
+        return _costs(prog, count)
+    return _grown(_costs(prog, 1), _costs(prog, 2), count)
+
+
+def _costs(prog: Program, count: int) -> Costs:
+    trace = _Trace(prog, count)
+    if isinstance(prog.experiment.model, EncoderDecoder.Config):
+        blocks = [trace.both()]
+    else:
+        blocks = [trace.chunk()] if prog.staged else trace.groups()
+    return Costs(blocks=tuple(blocks), embed=trace.embed(), head=trace.head())
+
+
+def _grown(one: Any, two: Any, count: int) -> Any:
+    """Returns costs of so many rows by those of one and of two: a line through both."""
+    if isinstance(one, tuple):
+        return tuple(_grown(a, b, count) for a, b in zip(one, two, strict=True))
+    if dataclasses.is_dataclass(one) and not isinstance(one, Group):
+        names = [f.name for f in dataclasses.fields(one)]
+        grown = {n: _grown(getattr(one, n), getattr(two, n), count) for n in names}
+        return dataclasses.replace(one, **grown)  # type: ignore[type-var]
+    if isinstance(one, Group):
+        return dataclasses.replace(one, cost=_grown(one.cost, two.cost, count))
+    return type(one)(one + (count - 1) * (two - one))
+
+
+def rows(prog: Program) -> int:
+    """Returns the rows of a microbatch on a device."""
+    parts = prog.experiment.train.accumulate * prog.microbatches
+    return prog.experiment.train.batch_size // (parts * prog.layout.size("batch"))
+
+
+def stream(prog: Program) -> int:
+    """Returns the bytes of a microbatch's residual stream on a device."""
+    trace = _Trace(prog, rows(prog))
+    return local.size(trace.stream(trace.inner))
+
+
+_known: dict[Any, Any] = {}
+
+
+def _once(key: Any, make: Callable[[], Any]) -> Any:
+    """Returns what was made for this key: a search asks for the same layers again and again."""
+    if key not in _known:
+        _known[key] = make()
+    return _known[key]
+
+
+class _Trace:
+    """Traces the parts of a program, on a mesh without replicas: each has the same to do.
+
+    A vmap stands for the replicas in the step (`gradients.apart`), and for the stages around a
+    chunk; a mesh that leaves them out has the same shapes on each device.
+    """
+
+    def __init__(self, prog: Program, count: int):
+        e = prog.experiment
+        self.model, self.rows = e.model, count
+        rules = prog.layout.rules
+        out = {a for name in (*prog.copies, "replica") for a in getattr(rules, name)}
+        ends = dataclasses.replace(prog, layout=_without(prog.layout, out))
+        self.ends = ends  # the vocabulary is split over stages, too
+        inner = _without(ends.layout, set(ends.layout.axes("layers")))
+        self.inner = dataclasses.replace(prog, layout=inner)
+        self.remat = e.model.remat
+        self.key = (
+            *(_repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
+            *(
+                self.rows,
+                prog.whole,
+                prog.layout.platform,
+                rules,
+                prog.places.tobytes(),
+            ),
+            *(str(ends.layout.mesh.shape), prog.places.shape),
+        )
+
+    def groups(self) -> list[Group]:
+        """Layers as they are stacked, of each stack two units one after another."""
+        units = stack.grouped(self.model.blocks)
+        return [
+            Group(
+                what=_words(unit),
+                count=count,
+                layers=len(unit),
+                cost=_once(
+                    ("group", i, self.remat, *self.key),
+                    functools.partial(self._group, i),
+                ),
+            )
+            for i, (count, unit) in enumerate(units)
+        ]
+
+    def _group(self, i: int) -> Cost:
+        prog, params = self.inner, _params(self.inner, REPEATS)
+        side, some = self._side(params), _batch(prog, self.rows)
+        unit = stack.grouped(self.model.blocks)[i][1]
+
+        def run(layers: Any, x: Any, side: Any, some: Any) -> Any:
+            blocks = prog.model({**params, STACK: layers}).layers
+            blocks = blocks.stacks[i] if isinstance(blocks, stack.Groups) else blocks
+            how: Any = {"remat": self.model.remat, "scan": True}
+            x, aux, _ = stack.run(blocks, x, side, **how)
+            loss, sums = objectives.layers(aux, some)
+            return (x, jnp.float32(loss)), sums
+
+        given = (params[STACK], self.stream(prog))
+        return self._traced(prog, run, given, (side, some), unit, loop=True)
+
+    def chunk(self) -> Group:
+        """The layers that a stage runs at a time."""
+        blocks = self.model.blocks
+        made = _once(("chunk", self.remat, *self.key), self._chunk)
+        _, v, n = self.inner.places.shape
+        return Group(what=_words(blocks), count=v, layers=n, cost=made)
+
+    def _chunk(self) -> Cost:
+        prog, params = self.inner, _params(self.inner, None)
+        side, some = self._side(params), _batch(prog, self.rows)
+
+        def run(layers: Any, x: Any, side: Any, some: Any) -> Any:
+            model = prog.model({**params, STACK: layers})
+            ids = jnp.arange(prog.places.shape[-1], dtype=jnp.int32)
+            x, aux = model.stage(x, side, prog.chunks, ids)
+            loss, sums = objectives.layers(aux, some)
+            return (x, jnp.float32(loss)), sums
+
+        given = (params[STACK], self.stream(prog))
+        blocks = self.model.blocks
+        cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
+        return dataclasses.replace(
+            cost,
+            flops_backward=cost.flops_forward + cost.flops_backward,
+            bytes_backward=cost.bytes_forward + cost.bytes_backward,
+            waited_backward=cost.waited_forward + cost.waited_backward,
+        )
+
+    def both(self) -> Group:
+        """Two stacks with all their layers, and the embedding of what the encoder reads."""
+        model = self.model
+        assert isinstance(model, EncoderDecoder.Config)
+        blocks = (*model.encoder_blocks, *model.blocks)
+        cost = _once(("both", self.remat, *self.key), self._both)
+        return Group(what="encoder and decoder", count=1, layers=len(blocks), cost=cost)
+
+    def _both(self) -> Cost:
+        prog, params = self.ends, _params(self.ends, None)
+
+        def run(params: Any, some: Any) -> Any:
+            keys = gradients.keys(prog, some, jnp.int32(0))
+            return prog.model(params).read(some, keys, prog.packed)
+
+        return self._traced(prog, run, (params,), (_batch(prog, self.rows),))
+
+    def embed(self) -> Cost:
+        """The embedding."""
+        return _once(("embed", *self.key), self._embed)
+
+    def _embed(self) -> Cost:
+        prog, params = self.ends, _params(self.ends, None)
+        rest = {k: v for k, v in params.items() if k != STACK}
+
+        def run(rest: Any, some: Any) -> Any:
+            model = prog.model({**params, **rest})
+            keys = gradients.row_keys(prog, some, jnp.int32(0))
+            return model.embed(some["tokens"], some["positions"], keys), None
+
+        return self._traced(prog, run, (rest,), (_batch(prog, self.rows),))
+
+    def head(self) -> Cost:
+        """The last norm, the logits and the loss."""
+        return _once(("head", *self.key), self._head)
+
+    def _head(self) -> Cost:
+        prog, params = self.ends, _params(self.ends, None)
+        rest = {k: v for k, v in params.items() if k != STACK}
+
+        def run(rest: Any, x: Any, some: Any) -> Any:
+            model = prog.model({**params, **rest})
+            objective = prog.experiment.objective
+            return objectives.score(objective, model, model.final(x), some)
+
+        given = (rest, self.stream(prog))
+        return self._traced(prog, run, given, (_batch(prog, self.rows),))
+
+    def stream(self, prog: Program) -> jax.ShapeDtypeStruct:
+        """Returns the shapes of the residual stream."""
+        tokens = _batch(prog, self.rows)["tokens"]
+        dtype = self.model.compute(prog.layout.platform)
+        with sharding.use(prog.layout):
+            spec = sharding.spec("batch", "residual", None)
+        return _shape(prog, (*tokens.shape, self.model.dim), dtype, spec)
+
+    def _side(self, params: Any) -> Any:
+        """The shapes of what every block gets besides the stream."""
+        prog = self.inner
+
+        def make(params: Any, some: Any) -> Any:
+            keys = gradients.row_keys(prog, some, jnp.int32(0))
+            tokens = Tokens(some["positions"], some["segments"])
+            return prog.model(params).side(tokens, keys, prog.packed)
+
+        with sharding.use(prog.layout):
+            made = jax.eval_shape(make, params, _batch(prog, self.rows))
+        return jax.tree.map(prog.abstract, made)
+
+    def _traced(
+        self,
+        prog: Program,
+        run: Callable[..., Any],
+        given: tuple[Any, ...],
+        others: tuple[Any, ...],
+        blocks: Any = (),
+        loop: bool = False,
+    ) -> Cost:
+        """Returns the cost of `run(*given, *others)`, whose results have an aux.
+
+        Args:
+            prog: on whose mesh.
+            run: the part.
+            given: what it has a gradient for.
+            others: the rest.
+            blocks: configs of the layers in it.
+            loop: of one turn of its loop over layers, not of all.
+        """
+
+        def both(given: Any, others: Any) -> Any:
+            out, vjp, _ = jax.vjp(lambda *g: run(*g, *others), *given, has_aux=True)
+            # Any cotangent will do that is sharded as it should be.
+            return vjp(jax.tree.map(lambda x: checkpoint_name(x, MARK), out))
+
+        with sharding.use(prog.layout):
+            traced = jax.make_jaxpr(both)(given, others)
+        found = jaxprs.gradient(traced, MARK, pairs.unsaid(prog, blocks))
+        ahead, behind = found.forward, found.backward
+        kept = sum(
+            size for shape, size in found.kept if not loop or shape[:1] == (REPEATS,)
+        )
+        shared = sum(size for _, size in found.kept) - kept
+        if loop:
+            ahead, behind = (
+                max(t.loops, key=lambda one: one.traffic) for t in (ahead, behind)
+            )
+        return Cost(
+            flops_forward=ahead.flops,
+            flops_backward=behind.flops,
+            bytes_forward=ahead.traffic,
+            bytes_backward=behind.traffic,
+            waited_forward=ahead.waited,
+            waited_backward=behind.waited,
+            kept=kept // REPEATS if loop else kept,
+            shared=shared,
+            working_forward=ahead.peak if loop else ahead.peak - kept,
+            working_backward=behind.peak,
+            gathered_forward=ahead.gathered,
+            gathered_backward=behind.gathered,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _repr(model: Any) -> str:
+    """Returns a model's config as text, without what only its layers ask for."""
+    return repr(dataclasses.replace(model, remat="none"))
+
+
+def _without(layout: sharding.Layout, axes: set[str]) -> sharding.Layout:
+    """Returns the layout on an abstract mesh with one device along these mesh axes."""
+    return _sized(layout, dict.fromkeys(axes, 1))
+
+
+def _sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
+    """Returns the layout on an abstract mesh with so many devices along these mesh axes."""
+    sizes = {**layout.mesh.shape, **changes}
+    types = (AxisType.Explicit,) * len(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    return dataclasses.replace(layout, mesh=mesh)
+
+
+def _batch(prog: Program, count: int) -> Any:
+    return train.abstract_batch(prog, count * prog.layout.size("batch"))
+
+
+def _params(prog: Program, repeats: int | None) -> Any:
+    """The shapes of all parameters, of stacked ones so many rows; None: those of a chunk."""
+    specs = prog.working if prog.whole else prog.specs
+    found = {}
+    for path, x in prog.shapes.items():
+        shape, spec = x.shape, specs[path]
+        if path.split("/")[0] == STACK:
+            count = repeats or shape[0] // math.prod(prog.places.shape[:2])
+            shape, spec = (count, *shape[1:]), P(None, *spec[1:])
+        dtype = x.dtype
+        if prog.whole:
+            dtype = gathering.dtypes(prog, path)[1]
+        found[path] = _shape(prog, shape, dtype, spec)
+    return trees.nest(found)
+
+
+def _shape(prog: Program, shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+    place = NamedSharding(prog.layout.mesh, spec)  # type: ignore[arg-type]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def _words(blocks: Sequence[stack.Block.Config]) -> str:
+    """The kinds of layers there are, in words."""
+    kinds = []
+    for block in blocks:
+        parts = [
+            type(c).__qualname__.split(".")[0] for c in (block.mixer, block.ffn) if c
+        ]
+        window = getattr(block.mixer, "window", None)
+        parts[0] += f" {window}" if window else ""
+        kinds.append(" + ".join(parts))
+    return ", ".join(dict.fromkeys(kinds))

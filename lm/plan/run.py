@@ -1,0 +1,94 @@
+"""`--mode=plan`: makes a plan, shows it, and writes plan.json and plan.html."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+from etils import epath
+
+from lm import config
+from lm.config import ConfigError
+from lm.experiment import Experiment
+from lm.plan import compiling, make, page, search, target, tell, topology
+from lm.plan.report import Candidate, Plan, to_json
+from lm.plan.target import Target
+
+CONFIRMED = 3  # of the best candidates are compiled
+SHOWN = 10  # rows of the ranked table
+
+Say = Callable[[str], None]
+
+
+def run(
+    experiment: Experiment,
+    workdir: str,
+    changes: tuple[str, ...],
+    *,
+    name: str,
+    depth: str,
+    searching: bool,
+    price: float | None,
+    say: Say,
+) -> None:
+    """Plans the experiment on the target `name`, or on its own, and shows what was found.
+
+    Raises:
+        ConfigError: an experiment, target or depth that cannot be planned, with the fix.
+    """
+    wanted = target.read(name or experiment.target)
+    if price is not None and price < 0:
+        raise ConfigError(f"--price_per_chip_hour={price}: expected 0 or more")
+    if searching:
+        _search(experiment, wanted, depth, say)
+        return
+    plan = make.plan(experiment, wanted, depth, changes=changes, price=price, say=say)
+    if plan.time is not None:
+        plan = dataclasses.replace(plan, advice=search.advice(experiment, plan, wanted))
+    tell.show(plan)
+    write(plan, workdir)
+    say(f"wrote {workdir}/plan.json and plan.html")
+
+
+def write(plan: Plan, workdir: str) -> None:
+    """Writes plan.json and plan.html."""
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n")
+    page.write(plan, folder / "plan.html")
+
+
+def _search(experiment: Experiment, wanted: Target, depth: str, say: Say) -> None:
+    """Ranks candidates by the model, and asks the compiler about the best where it is there."""
+
+    def progress(done: int, best: float | None) -> None:
+        say(
+            f"{done} candidates, best step {'none yet' if best is None else f'{best:.3g} s'}"
+        )
+
+    found, count = search.search(experiment, wanted, progress)
+    if not found:
+        raise ConfigError(
+            f"--target={wanted.name}: none of {count} candidates fits into "
+            f"{wanted.chip.hbm / 2**30:.0f} GiB a device; use more devices, or a smaller model"
+        )
+    say(f"{count} candidates, {len(found)} fit")
+    rows = search.ranked(found[:SHOWN], experiment)
+    if depth == "compile":
+        topology.check(wanted)
+        rows = [
+            _confirmed(experiment, wanted, row, say) if i < CONFIRMED else row
+            for i, row in enumerate(rows)
+        ]
+        rows = [row for row in rows if row is not None]
+    tell.search(rows)
+
+
+def _confirmed(
+    experiment: Experiment, wanted: Target, row: Candidate, say: Say
+) -> Candidate | None:
+    """Returns the row with the compiler's bytes, None where it does not fit after all."""
+    changed = config.override(experiment, list(row.change))
+    result = compiling.compiled(changed, wanted, make.progress(wanted, say))
+    if result.refusal or result.total > wanted.chip.hbm:
+        return None
+    return dataclasses.replace(row, memory=result.total, confirmed=True)

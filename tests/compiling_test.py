@@ -1,0 +1,151 @@
+"""A target's compiler is asked once, in a process of its own, and what goes wrong is one line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import toy
+
+from lm import config
+from lm.experiment import load
+from lm.plan import compiling, report, target, topology
+
+FOUND = report.Compiled(
+    seconds=1.0,
+    arguments=10,
+    temporaries=5,
+    output=1,
+    sent={"all-reduce over data": 3.0},
+    refusal="",
+)
+EIGHT = ["mesh.data=8", "train.batch_size=16"]
+
+
+@pytest.fixture
+def child(monkeypatch, tmp_path):
+    """Puts a script in the place of the child; returns how often it was asked."""
+    monkeypatch.setenv("LM_CACHE", str(tmp_path))
+    monkeypatch.setattr(topology, "check", lambda wanted: None)
+
+    def instead(script):
+        count = tmp_path / "asked"
+        ask = f"open({str(count)!r}, 'a').write('x'); task = input(); {script}"
+        monkeypatch.setattr(compiling, "CHILD", ("-c", ask))
+        return lambda: len(count.read_text()) if count.exists() else 0
+
+    return instead
+
+
+def test_what_was_found_is_kept_until_something_changes(child):
+    answer = json.dumps(dataclasses.asdict(FOUND))
+    asked = child(f"import sys; print('chatter', file=sys.stderr); print({answer!r})")
+    chosen, h100 = toy.experiment(*EIGHT), target.read("h100:8")
+    told = []
+    assert compiling.compiled(chosen, h100, told.append) == FOUND
+    assert told and told[0] > 0
+    assert compiling.compiled(chosen, h100) == FOUND
+    assert asked() == 1
+    other = config.override(chosen, ["optim.learning_rate=0.5"])
+    compiling.compiled(other, h100)
+    compiling.compiled(chosen, target.read("v5e:2x4"))
+    assert asked() == 3
+
+
+def test_a_damaged_find_is_made_again(child, tmp_path):
+    answer = json.dumps(dataclasses.asdict(FOUND))
+    asked = child(f"print({answer!r})")
+    chosen, h100 = toy.experiment(*EIGHT), target.read("h100:8")
+    compiling.compiled(chosen, h100)
+    (kept,) = tmp_path.glob("compiled/*")
+    kept.write_text(kept.read_text()[:20])
+    assert compiling.compiled(chosen, h100) == FOUND
+    assert asked() == 2
+    assert len([*tmp_path.glob("compiled/*")]) == 1  # nothing half written
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("import sys; print('a', file=sys.stderr); sys.exit('no luck')", "no luck"),
+        ("import os; os.kill(os.getpid(), 9)", "signal 9"),
+        ("pass", "said nothing"),
+    ],
+)
+def test_a_child_that_fails_gives_one_line(child, script, words):
+    child(script)
+    with toy.refused("--target=h100:8", words, "--depth=model"):
+        compiling.compiled(toy.experiment(*EIGHT), target.read("h100:8"))
+
+
+def test_a_child_ends_with_who_asked():
+    """The pipe to it closes when its parent is gone, whatever ended that."""
+    running = subprocess.Popen(
+        [sys.executable, *compiling.CHILD],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert running.stdin is not None
+    running.stdin.close()
+    assert running.wait(60) != 0
+
+
+REFUSALS = {
+    (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+        "space hbm. Used 20.54G of 15.75G hbm. Exceeded hbm capacity by 4.79G.\n\nTotal hbm "
+        "usage >= 20.80G:\n    reserved        258.00M"
+    ): ("the step needs 22.05 GB, and a device has 16.91 GB", 20.54 * 2**30),
+    (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (49.29G) exceeds available HBM (15.75G)."
+    ): (
+        "state and temporaries need 54.00 GB, and a device has 16.91 GB",
+        50.29 * 2**30,
+    ),
+    "RESOURCE_EXHAUSTED: no\nroom": ("RESOURCE_EXHAUSTED: no room", 2**30),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_a_refusal_is_one_line_with_the_numbers(message):
+    line, total = REFUSALS[message]
+    found = compiling.refused(message, arguments=2**30, seconds=3.0)
+    assert found.refusal == line
+    assert found.total == pytest.approx(total, rel=1e-9)
+
+
+def test_what_cannot_be_compiled_for_is_refused_before_anything_starts():
+    chosen = toy.experiment(*EIGHT)
+    with toy.refused("--target=cpu:8", "--depth=model"):
+        compiling.compiled(chosen, target.read("cpu:8"))
+    with toy.refused("--target=a100:8", "description"):
+        compiling.compiled(chosen, target.read("a100:8"))
+
+
+@pytest.mark.compile
+def test_a_model_compiled_for_gpus_that_are_not_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("LM_CACHE", str(tmp_path))
+    h100 = target.read("h100:8")
+    try:
+        topology.check(h100)
+    except config.ConfigError as error:
+        pytest.skip(str(error))
+    found = compiling.compiled(toy.experiment(*EIGHT), h100)
+    assert not found.refusal and found.total > 0
+    assert found.sent["all-reduce over data"] > 0
+
+
+@pytest.mark.tpu_compile
+def test_a_model_too_large_for_a_tpu_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("LM_CACHE", str(tmp_path))
+    v5e = target.read("v5e:2x4")
+    try:
+        topology.check(v5e)
+    except config.ConfigError as error:
+        pytest.skip(str(error))
+    chosen = config.override(load("llama_1b"), ["mesh.fsdp=1", "mesh.data=8"])
+    found = compiling.compiled(chosen, v5e)
+    assert "GB, and a device has 16.91 GB" in found.refusal
+    assert found.total > v5e.chip.hbm

@@ -1,0 +1,140 @@
+"""Plans: what they count is what is there, what they advise can be done, what is wrong is said."""
+
+import dataclasses
+
+import jax
+import pytest
+import toy
+
+from lm import config, experiment, train
+from lm.nn import ffn
+from lm.plan import make, search, speed, target
+from lm.plan.report import Transfer
+
+V5P = target.read("v5p:4x4x4")
+
+
+@pytest.mark.parametrize("name", experiment.names())
+def test_every_experiment_is_planned_on_its_target(name):
+    chosen = experiment.load(name)
+    plan = make.plan(chosen, target.read(chosen.target), "model")
+    assert plan.fits, f"{plan.memory.total:,} of {plan.chip.hbm:,} bytes"
+    assert 0 < plan.speed.mfu < 1
+    assert plan.time.low <= plan.time.step <= plan.time.high
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [  # of the papers and of config.json files at their publishers'
+        ("gpt2_124m", 124_439_808, 124_439_808),
+        ("llama_8b", 8_030_261_248, 8_030_261_248),
+        ("llama_70b", 70_553_706_496, 70_553_706_496),
+        ("mixtral_8x7b", 46_702_792_704, 12_879_925_248),
+    ],
+)
+def test_parameters_are_those_that_are_published(name, total, active):
+    chosen = experiment.load(name)
+    prog = train.program(chosen, target.read(chosen.target).layout(chosen.mesh))
+    padding = chosen.model.vocab_rows - chosen.model.vocab_size
+    assert sum(make.parameters(prog).values()) - padding * chosen.model.dim == total
+    assert make.active(prog) - padding * chosen.model.dim == active
+
+
+def test_a_sharding_that_does_not_fit_names_operation_and_axis(monkeypatch):
+    monkeypatch.setattr(ffn, "gather", lambda w: w)  # ZeRO-3 without its gather
+    chosen = experiment.load("llama_8b")
+    with toy.refused("lm/nn/ffn.py", "einsum", "mesh.fsdp=16"):
+        make.plan(chosen, V5P, "types")
+
+
+def test_a_mesh_of_another_size_is_refused():
+    chosen = experiment.load("llama_8b")
+    with toy.refused("fsdp 16 x tensor 4", "needs 64 devices, there are 8"):
+        make.plan(chosen, target.read("h100:8"), "types")
+    with toy.refused("fsdp 16 x tensor 4", "64 devices", "v5p:4x4x8 has 128"):
+        make.plan(chosen, target.read("v5p:4x4x8"), "types")
+
+
+def test_slices_of_target_and_mesh_are_the_same():
+    chosen = config.override(experiment.load("llama_8b"), ["mesh.data=2"])
+    with toy.refused("2*v5p:4x4x4", "mesh.slices=1", "set mesh.slices=2"):
+        make.plan(chosen, target.read("2*v5p:4x4x4"), "types")
+
+
+def test_axes_of_a_torus_have_the_links_of_their_dimensions():
+    ways = V5P.ways({"fsdp": 16, "tensor": 4})
+    assert ways["tensor"] == (200e9, "ici")  # a ring of 4, both ways round
+    assert ways["fsdp"] == (400e9, "ici")  # two such dimensions
+    flat = target.read("v5e:4x4").ways({"fsdp": 4, "tensor": 4})
+    assert flat["tensor"] == (50e9, "ici")  # no ring: the ends have one link
+
+
+def test_axes_of_gpus_have_a_switch_inside_hosts_and_the_network_between():
+    ways = target.read("h100:8x8").ways({"fsdp": 8, "tensor": 8})
+    assert ways["tensor"] == (450e9, "nvlink")
+    assert ways["fsdp"] == (50e9, "network")
+
+
+def test_slices_are_joined_by_the_network():
+    ways = target.read("2*v5e:16x16").ways({"data": 2, "fsdp": 256})
+    assert ways["data"] == (3.125e9, "dcn")
+    assert ways["fsdp"][1] == "ici"
+
+
+def _transfer(what, seconds, link="ici"):
+    return Transfer(
+        what=what,
+        kind="all-gather",
+        axes=("fsdp",),
+        link=link,
+        bytes=1.0,
+        seconds=seconds,
+        hidden=seconds if what in speed.BESIDE else 0.0,
+    )
+
+
+def test_arithmetic_hides_as_much_as_it_lasts():
+    sent = [
+        _transfer("weights: layers", 3.0),
+        _transfer("gradients: layers", 1.0),
+        _transfer("tensor: layers", 2.0),
+    ]
+    assert [t.hidden for t in speed.hidden(sent, 2.0)] == [1.5, 0.5, 0.0]
+    assert [t.hidden for t in speed.hidden(sent, 9.0)] == [3.0, 1.0, 0.0]
+
+
+def test_without_a_formula_a_plan_says_so():
+    chosen = toy.experiment("model=Recurrent", "mesh.tensor=2", "mesh.data=1")
+    plan = make.plan(chosen, target.read("h100:2"))
+    assert any("no formula" in note for note in plan.notes)
+
+
+def test_advice_makes_fit_what_does_not():
+    chosen = config.override(experiment.load("llama_8b"), ["model.remat=none"])
+    wanted = target.read("v5p:4x4x4")
+    plan = make.plan(chosen, wanted)
+    if plan.fits:  # then make it need more
+        chosen = config.override(chosen, ["train.accumulate=1"])
+        plan = make.plan(chosen, wanted)
+    assert not plan.fits
+    found = search.advice(chosen, plan, wanted)
+    assert 1 <= len(found) <= 3
+    for change in found:
+        again = make.plan(config.override(chosen, list(change.change)), wanted)
+        assert again.fits
+        assert again.memory.total == change.memory
+        assert again.time.step == pytest.approx(change.step)
+
+
+def test_the_best_candidate_is_as_good_as_the_shipped_one():
+    chosen = experiment.load("gpt2_124m")
+    wanted = target.read(chosen.target)
+    found, count = search.search(chosen, wanted)
+    plan = make.plan(chosen, wanted)
+    assert count > len(found) > 10
+    assert found[0].step <= plan.time.step
+    best = make.plan(config.override(chosen, list(found[0].sets)), wanted)
+    assert best.fits
+    assert best.time.step == pytest.approx(found[0].step)
+    assert jax.tree.leaves(found)  # nothing of jax in it
+    assert dataclasses.is_dataclass(found[0])
