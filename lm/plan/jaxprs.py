@@ -308,11 +308,8 @@ class _Walk:
 
     def pallas_call(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         """A kernel over a grid whose last two dimensions are blocks of queries and of keys."""
-        grid, jaxpr = eqn.params["grid_mapping"].grid, eqn.params["jaxpr"]
-        inside = _Walk(Unsaid())
-        inside.run(jaxpr, [], [_argument(v.aval) for v in jaxpr.invars])
+        grid, one = eqn.params["grid_mapping"].grid, _products(eqn.params["jaxpr"])
         blocks = self.unsaid.pairs or math.prod(grid[-2:])
-        one = sum(k.flops for k in inside.kernels)
         for value, var in zip(ins, eqn.invars, strict=True):
             buffer = self.store(value)
             buffer.size = max(buffer.size, local.tiled(var.aval))
@@ -324,6 +321,16 @@ class _Walk:
         """Returns what all kernels cost, see `kernels.total`."""
         late = self.unsaid.late
         return kernels.total(self.kernels, outs, carried, late, self.loops)
+
+
+def _products(jaxpr: Any) -> float:
+    """Returns the operations of all products in a kernel, whose results are effects."""
+    count = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in PRODUCTS:
+            count += local.product(eqn).flops
+        count += sum(map(_products, core.jaxprs_in_params(eqn.params)))
+    return count
 
 
 def _called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:

@@ -23,6 +23,7 @@ from lm.nn import attend, blockwise
 from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.latent import Latent
+from lm.nn.moe import Moe
 from lm.plan import jaxprs, local
 from lm.program import STACK, Program
 
@@ -340,14 +341,25 @@ def _words(blocks: Sequence[stack.Block.Config]) -> str:
 def _unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid:
     """What traces of these layers do not say: of attention, the mean of the layers."""
     found = [p for p in (_pairs(prog, block) for block in blocks) if p]
-    # A device has room for all tokens of those that share the experts, and its part of them.
-    rows = 1 / prog.layout.size("expert")
+    rows = min((_used(prog, block.ffn) for block in blocks), default=1.0)
     # XLA for GPUs puts off what nothing waits for.
     late = prog.layout.platform == "gpu"
     if not found:
         return jaxprs.Unsaid(rows=rows, late=late)
     pairs = sum(count for count, _ in found) / len(found)
     return jaxprs.Unsaid(pairs=pairs, hops=found[0][1], rows=rows, late=late)
+
+
+def _used(prog: Program, ffn: Any) -> float:
+    """Returns which share of its room for experts' rows a device uses, without slots.
+
+    There is room for the choices of all devices that share the experts, as many of each token as
+    there are experts here; what comes is as much as its own tokens choose.
+    """
+    devices = prog.layout.size("expert")
+    if not isinstance(ffn, Moe.Config) or devices == 1:
+        return 1.0
+    return ffn.top_k / (devices * min(ffn.top_k, ffn.experts // devices))
 
 
 def _pairs(prog: Program, block: stack.Block.Config) -> tuple[float, int] | None:
