@@ -307,14 +307,16 @@ class _Walk:
         )
 
     def pallas_call(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-        """A kernel over a grid whose last two dimensions are blocks of queries and of keys."""
-        grid, one = eqn.params["grid_mapping"].grid, _products(eqn.params["jaxpr"])
-        blocks = self.unsaid.pairs or math.prod(grid[-2:])
+        """Attention's kernels: for each row and head, pairs of blocks of queries and of keys."""
+        largest = max(
+            (v.aval for v in eqn.outvars), key=local.size
+        )  # [rows, heads, T, H]
+        one = _products(eqn.params["jaxpr"])
+        flops = one * math.prod(largest.shape[:-2]) * self.unsaid.pairs
         for value, var in zip(ins, eqn.invars, strict=True):
             buffer = self.store(value)
             buffer.size = max(buffer.size, local.tiled(var.aval))
         sizes = [local.tiled(v.aval) for v in eqn.outvars]
-        flops = one * math.prod(grid[:-2]) * blocks
         return self.kernel(ins, sizes, stored=True, flops=flops)
 
     def total(self, outs: Sequence[Buffer], carried: int | None = None) -> Total:
