@@ -261,12 +261,14 @@ class _Walk:
         return _Value(n, buffer)
 
     def scan(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-        p = eqn.params
-        one, sizes = self._inside(p["jaxpr"], p["length"], p["num_carry"])
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
+        # What is stacked has one dimension more outside; carried results come first.
+        pairs = zip(eqn.outvars, body.jaxpr.outvars, strict=True)
+        carried = sum(len(out.aval.shape) == len(v.aval.shape) for out, v in pairs)
+        one, sizes = self._inside(body, length, carried)
         self.loops.append(one)
-        turns = [1] * p["num_carry"] + [p["length"]] * (len(sizes) - p["num_carry"])
-        sizes = [n * t for n, t in zip(sizes, turns, strict=True)]
-        return self._looped(sizes, ins, one, p["length"])
+        stacked = [n * length for n in sizes[carried:]]
+        return self._looped([*sizes[:carried], *stacked], ins, one, length)
 
     def while_(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         one, sizes = self._inside(eqn.params["body_jaxpr"], self.length)
