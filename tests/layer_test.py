@@ -1,15 +1,19 @@
 """What a layer costs by its trace is what XLA counts, and what is written down for attention."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 import toy
 
 from lm import gradients, objectives, sharding, train
+from lm.experiment import load, names
 from lm.models import stack
 from lm.nn.blockwise import Tokens
-from lm.plan import layer
-from lm.program import STACK
+from lm.plan import flops, layer, target
+from lm.program import STACK, program
 
 # So wide that what is not a product, which XLA counts too, is below 1 %.
 WIDE = [
@@ -70,3 +74,74 @@ def test_operations_are_those_that_xla_counts(kind):
     there, both = xla(prog)
     assert cost.flops_forward == pytest.approx(there, rel=0.02)
     assert cost.flops_forward + cost.flops_backward == pytest.approx(both, rel=0.02)
+
+
+# Rows of four blocks of 512; of a causal mask ten pairs of blocks are needed, of the window seven.
+LONG = [
+    *("model.dim=512", "model.heads=8", "model.kv_heads=8", "data.length=2048"),
+    *("train.batch_size=16", "eval.batch_size=16", "mesh.data=1"),
+]
+
+
+def cost(chip, *sets):
+    """Returns what a layer costs a device of eight chips."""
+    chosen = toy.experiment(*LONG, *sets)
+    layout = target.read(f"{chip}").layout(chosen.mesh)
+    return layer.costs(program(chosen, layout)).blocks[0].cost
+
+
+@pytest.mark.parametrize(("chip", "products"), [("h100:8", 5), ("v5e:2x4", 7)])
+def test_attention_costs_the_blocks_that_are_needed(chip, products):
+    """Blockwise goes back by five products a pair of blocks, the kernel for TPUs by seven."""
+    whole = cost(chip, "mesh.data=8")
+    window = cost(chip, "mesh.data=8", "model.attention.window=512")
+    pair = 2 * 512 * 512 * 64 * 8 * 2  # a product of all heads of two rows
+    assert whole.flops_forward - window.flops_forward == 3 * 2 * pair
+    assert whole.flops_backward - window.flops_backward == 3 * products * pair
+
+
+def test_devices_share_the_work_of_a_layer():
+    alone = cost("h100:8", "mesh.fsdp=8").flops_forward
+    over = ["mesh.fsdp=4", "mesh.tensor=2"]
+    tensor = cost("h100:8", *over)
+    assert tensor.flops_forward == alone
+    more = cost("h100:8", *over, "mesh.sequence_parallel=true")
+    assert more.flops_forward == alone
+    assert more.flops_backward == tensor.flops_backward
+    assert more.kept < tensor.kept
+    for context in ("ring", "gather"):
+        way = f"model.attention.context={context}"
+        found = cost("h100:8", "mesh.fsdp=4", "mesh.seq=2", way)
+        assert found.flops_forward == alone
+
+
+def test_what_is_kept_follows_the_policy():
+    policies = ("full", "attention", "dots", "none")
+    found = [cost("h100:8", "mesh.data=8", f"model.remat={p}") for p in policies]
+    kept = [c.kept for c in found]
+    assert kept == sorted(kept)
+    stream = 2 * 2048 * 512 * 2  # bytes of a layer's input
+    assert kept[0] == stream
+    assert kept[1] == 2 * stream + 2 * 8 * 2048 * 4  # and attention's output and sums
+    again = [c.flops_backward for c in found]
+    assert again[0] == max(again) and again[3] == min(again)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_shipped_model_has_costs(name):
+    """By the formula, which leaves out routers and the room of experts that is not full."""
+    chosen = load(name)
+    count = max(8, math.prod(abs(n) for n in chosen.mesh.sizes().values()))
+    prog = program(chosen, target.read(f"h100:{count // 8}x8").layout(chosen.mesh))
+    found = layer.costs(prog)
+    layers = sum(g.count * g.layers for g in found.blocks)
+    assert layers == prog.places[0].size
+    length = prog.experiment.data.length
+    one, two = (
+        flops.forward(dataclasses.replace(chosen.model, layers=n), length, causal=True)
+        for n in (1, 2)
+    )
+    shares = math.prod(prog.layout.size(axis) for axis in ("mlp", "length"))
+    expected = layers * (two - one) * layer.rows(prog) * length / shares
+    done = sum(g.count * g.cost.flops_forward for g in found.blocks)
+    assert 0.99 < done / expected < 1.3

@@ -263,12 +263,14 @@ class _Walk:
         return _Value(n, buffer)
 
     def scan(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-        p = eqn.params
-        one, sizes = self._inside(p["jaxpr"], p["length"], p["num_carry"])
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
+        # What is stacked has one dimension more outside; carried results come first.
+        pairs = zip(eqn.outvars, body.jaxpr.outvars, strict=True)
+        carried = sum(len(out.aval.shape) == len(v.aval.shape) for out, v in pairs)
+        one, sizes = self._inside(body, length, carried)
         self.loops.append(one)
-        turns = [1] * p["num_carry"] + [p["length"]] * (len(sizes) - p["num_carry"])
-        sizes = [n * t for n, t in zip(sizes, turns, strict=True)]
-        return self._looped(sizes, ins, one, p["length"])
+        stacked = [n * length for n in sizes[carried:]]
+        return self._looped([*sizes[:carried], *stacked], ins, one, length)
 
     def while_(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         one, sizes = self._inside(eqn.params["body_jaxpr"], self.length)
@@ -310,15 +312,16 @@ class _Walk:
         )
 
     def pallas_call(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-        """A kernel over a grid whose last two dimensions are blocks of queries and of keys."""
-        grid, jaxpr = eqn.params["grid_mapping"].grid, eqn.params["jaxpr"]
-        blocks = self.unsaid.pairs or math.prod(grid[-2:])
-        one = _products(jaxpr)
+        """Attention's kernels: for each row and head, pairs of blocks of queries and of keys."""
+        largest = max(
+            (v.aval for v in eqn.outvars), key=local.size
+        )  # [rows, heads, T, H]
+        one = _products(eqn.params["jaxpr"])
+        flops = one * math.prod(largest.shape[:-2]) * self.unsaid.pairs
         for value, var in zip(ins, eqn.invars, strict=True):
             buffer = self.store(value)
             buffer.size = max(buffer.size, local.tiled(var.aval))
         sizes = [local.tiled(v.aval) for v in eqn.outvars]
-        flops = one * math.prod(grid[:-2]) * blocks
         return self.kernel(ins, sizes, stored=True, flops=flops)
 
     def total(self, outs: Sequence[Buffer], carried: int | None = None) -> Total:
@@ -330,22 +333,13 @@ class _Walk:
 
 
 def _products(jaxpr: Any) -> float:
-    """Returns the operations of all products of a kernel, which writes where nobody can see: those
-    of a loop once for each turn, of a condition those of its largest branch."""
-    total = 0.0
+    """Returns the operations of all products in a kernel, whose results are effects."""
+    count = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in PRODUCTS:
-            total += local.product(eqn).flops
-            continue
-        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        inner = [
-            _products(getattr(x, "jaxpr", x))
-            for value in eqn.params.values()
-            for x in (value if isinstance(value, tuple | list) else (value,))
-            if hasattr(getattr(x, "jaxpr", x), "eqns")
-        ]
-        total += times * max(inner, default=0.0)
-    return total
+            count += local.product(eqn).flops
+        count += sum(map(_products, core.jaxprs_in_params(eqn.params)))
+    return count
 
 
 def _called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
