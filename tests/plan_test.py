@@ -1,13 +1,12 @@
 """Plans: what they count is what is there, what they advise can be done, what is wrong is said."""
 
-import dataclasses
-
-import jax
 import pytest
 import toy
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 
 from lm import config, experiment, train
-from lm.nn import ffn
+from lm.nn import ffn, param
 from lm.plan import make, search, speed, target
 from lm.plan.report import Transfer
 
@@ -41,9 +40,13 @@ def test_parameters_are_those_that_are_published(name, total, active):
 
 
 def test_a_sharding_that_does_not_fit_names_operation_and_axis(monkeypatch):
-    monkeypatch.setattr(ffn, "gather", lambda w: w)  # ZeRO-3 without its gather
+    def wrong(*given):
+        y = param.einsum(*given)
+        return y + reshard(y, P(None, None, "fsdp"))
+
+    monkeypatch.setattr(ffn, "einsum", wrong)
     chosen = experiment.load("llama_8b")
-    with toy.refused("lm/nn/ffn.py", "einsum", "mesh.fsdp=16"):
+    with toy.refused("lm/nn/ffn.py:", "einsum", "mesh.fsdp=16"):
         make.plan(chosen, V5P, "types")
 
 
@@ -109,13 +112,15 @@ def test_without_a_formula_a_plan_says_so():
     assert any("no formula" in note for note in plan.notes)
 
 
+BIG = (
+    *("model.dim=8192", "model.layers=4", "model.ffn.hidden=32768", "mesh.data=2"),
+    *("train.batch_size=64", "eval.batch_size=64", "data.length=2048"),
+)
+
+
 def test_advice_makes_fit_what_does_not():
-    chosen = config.override(experiment.load("llama_8b"), ["model.remat=none"])
-    wanted = target.read("v5p:4x4x4")
+    chosen, wanted = toy.experiment(*BIG), target.read("h100:2")
     plan = make.plan(chosen, wanted)
-    if plan.fits:  # then make it need more
-        chosen = config.override(chosen, ["train.accumulate=1"])
-        plan = make.plan(chosen, wanted)
     assert not plan.fits
     found = search.advice(chosen, plan, wanted)
     assert 1 <= len(found) <= 3
@@ -126,15 +131,20 @@ def test_advice_makes_fit_what_does_not():
         assert again.time.step == pytest.approx(change.step)
 
 
-def test_the_best_candidate_is_as_good_as_the_shipped_one():
-    chosen = experiment.load("gpt2_124m")
-    wanted = target.read(chosen.target)
+def test_the_best_candidate_is_at_least_as_good():
+    chosen, wanted = toy.experiment("mesh.data=2"), target.read("h100:2")
     found, count = search.search(chosen, wanted)
     plan = make.plan(chosen, wanted)
-    assert count > len(found) > 10
+    assert count > len(found) > 3
     assert found[0].step <= plan.time.step
     best = make.plan(config.override(chosen, list(found[0].sets)), wanted)
     assert best.fits
     assert best.time.step == pytest.approx(found[0].step)
-    assert jax.tree.leaves(found)  # nothing of jax in it
-    assert dataclasses.is_dataclass(found[0])
+
+
+@pytest.mark.slow
+def test_the_shipped_mesh_is_beside_the_best():
+    chosen = experiment.load("gpt2_124m")
+    wanted = target.read(chosen.target)
+    found, _ = search.search(chosen, wanted)
+    assert found[0].step <= make.plan(chosen, wanted).time.step < 1.2 * found[0].step

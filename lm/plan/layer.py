@@ -104,12 +104,10 @@ def _grown(one: Any, two: Any, count: int) -> Any:
     """Returns costs of so many rows by those of one and of two: a line through both."""
     if isinstance(one, tuple):
         return tuple(_grown(a, b, count) for a, b in zip(one, two, strict=True))
-    if dataclasses.is_dataclass(one) and not isinstance(one, Group):
-        names = [f.name for f in dataclasses.fields(one)]
-        grown = {n: _grown(getattr(one, n), getattr(two, n), count) for n in names}
-        return dataclasses.replace(one, **grown)  # type: ignore[type-var]
-    if isinstance(one, Group):
-        return dataclasses.replace(one, cost=_grown(one.cost, two.cost, count))
+    if isinstance(one, Cost | Group | Costs):
+        both = {n: (v, getattr(two, n)) for n, v in vars(one).items() if n != "what"}
+        grown = {n: _grown(*pair, count) for n, pair in both.items()}
+        return dataclasses.replace(one, **grown)
     return type(one)(one + (count - 1) * (two - one))
 
 
@@ -154,15 +152,13 @@ class _Trace:
         self.remat = e.model.remat
         self.key = (
             *(_repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
-            *(
-                self.rows,
-                prog.whole,
-                prog.layout.platform,
-                rules,
-                prog.places.tobytes(),
-            ),
-            *(str(ends.layout.mesh.shape), prog.places.shape),
+            *(self.rows, prog.whole, prog.layout.platform, rules),
+            *(str(ends.layout.mesh.shape), prog.places.shape, prog.places.tobytes()),
         )
+
+    def _once(self, what: str, make: Callable[[], Cost], number: int = 0) -> Cost:
+        """Returns layers' costs, which depend on what the backward computes again."""
+        return _once((what, number, self.remat, *self.key), make)
 
     def groups(self) -> list[Group]:
         """Layers as they are stacked, of each stack two units one after another."""
@@ -172,10 +168,7 @@ class _Trace:
                 what=_words(unit),
                 count=count,
                 layers=len(unit),
-                cost=_once(
-                    ("group", i, self.remat, *self.key),
-                    functools.partial(self._group, i),
-                ),
+                cost=self._once("group", functools.partial(self._group, i), i),
             )
             for i, (count, unit) in enumerate(units)
         ]
@@ -199,7 +192,7 @@ class _Trace:
     def chunk(self) -> Group:
         """The layers that a stage runs at a time."""
         blocks = self.model.blocks
-        made = _once(("chunk", self.remat, *self.key), self._chunk)
+        made = self._once("chunk", self._chunk)
         _, v, n = self.inner.places.shape
         return Group(what=_words(blocks), count=v, layers=n, cost=made)
 
@@ -229,7 +222,7 @@ class _Trace:
         model = self.model
         assert isinstance(model, EncoderDecoder.Config)
         blocks = (*model.encoder_blocks, *model.blocks)
-        cost = _once(("both", self.remat, *self.key), self._both)
+        cost = self._once("both", self._both)
         return Group(what="encoder and decoder", count=1, layers=len(blocks), cost=cost)
 
     def _both(self) -> Cost:
