@@ -1,7 +1,7 @@
 """Published runs beside what a plan predicts for them: `pytest -s tests/published_test.py`.
 
 Their kernels and policies of what is kept are not this project's; each row has the policy nearest
-to the published one, or the one that keeps most of those that fit.
+to the published one. It is times that are compared: whether such a policy fits here is not asked.
 """
 
 import dataclasses
