@@ -10,7 +10,8 @@ import toy
 
 from lm import config
 from lm.experiment import load
-from lm.plan import compiling, report, target, topology
+from lm.plan import compiling, memory, report, target, topology
+from lm.program import program
 
 FOUND = report.Compiled(
     seconds=1.0,
@@ -149,3 +150,20 @@ def test_a_model_too_large_for_a_tpu_is_refused(monkeypatch, tmp_path):
     found = compiling.compiled(chosen, v5e)
     assert "GB, and a device has 16.91 GB" in found.refusal
     assert found.total > v5e.chip.hbm
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama_1b"])
+def test_a_shipped_experiment_is_held_as_its_plan_says(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("LM_CACHE", str(tmp_path))
+    chosen = load(name)
+    wanted = target.read(chosen.target)
+    try:
+        topology.check(wanted)
+    except config.ConfigError as error:
+        pytest.skip(str(error))
+    planned = memory.memory(program(chosen, wanted.layout(chosen.mesh)))
+    found = compiling.compiled(chosen, wanted)
+    state = planned.parameters + planned.optimizer
+    assert state == pytest.approx(found.arguments, rel=0.005)
+    assert planned.total == pytest.approx(found.total, rel=0.1)
