@@ -236,13 +236,14 @@ def cpu(devices: int) -> Chip:
     Emulated devices share its arithmetic, its memory and the way to it.
     """
     rate, bandwidth = product_rate() / devices, copy_rate() / devices
+    slender = product_rate((2048, 192, 512)) / devices
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Chip(
         name="cpu",
         kinds=("cpu",),
         platform="cpu",
         bf16=rate,
-        reach=1.0,
+        reach=min(1.0, slender / rate),
         fp8=rate,
         int8=rate,
         hbm=memory // devices,
@@ -258,10 +259,11 @@ def cpu(devices: int) -> Chip:
     )
 
 
-def product_rate(size: int = 1024) -> float:
-    """Returns operations a second of the best of a few fp32 products of squares on the CPU."""
-    a = _ones((size, size))
-    return 2 * size**3 / _least(jax.jit(lambda a: a @ a), a)
+def product_rate(shape: tuple[int, int, int] = (1024, 1024, 1024)) -> float:
+    """Returns operations a second of the best of a few fp32 products on the CPU."""
+    rows, inner, columns = shape
+    a, b = _ones((rows, inner)), _ones((inner, columns))
+    return 2 * rows * inner * columns / _least(jax.jit(lambda a: a @ b), a)
 
 
 def copy_rate(size: int = 2**25) -> float:

@@ -19,8 +19,9 @@ from lm.plan import jaxprs
 from lm.program import Program
 
 # Bytes that a chip's memory gives in the time of one operation of a large product, for want of a
-# chip: between those of the platform's chips in lm/plan/chips.py.
-BESIDE = {"tpu": 0.005, "gpu": 0.0045, "cpu": 0.05}
+# chip: between those of the platform's chips in lm/plan/chips.py. A CPU's cores do one or the
+# other.
+BESIDE = {"tpu": 0.005, "gpu": 0.0045, "cpu": 0.0}
 
 
 def unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid:
