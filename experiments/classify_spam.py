@@ -51,7 +51,7 @@ def experiment() -> Experiment:
             schedule=Linear(warmup=50),
             weight_decay=0.01,
         ),
-        train=Train(steps=768, batch_size=16, init_from=IMPORTED),
+        train=Train(steps=600, batch_size=16, init_from=IMPORTED),
         eval=Eval(
             every=128,
             sets=(
