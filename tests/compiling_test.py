@@ -125,14 +125,20 @@ def test_what_cannot_be_compiled_for_is_refused_before_anything_starts():
         compiling.compiled(chosen, target.read("a100:8"))
 
 
+def installed(name):
+    """Returns a target that something here compiles for."""
+    wanted = target.read(name)
+    try:
+        topology.check(wanted)
+    except config.ConfigError as error:
+        pytest.skip(str(error))
+    return wanted
+
+
 @pytest.mark.compile
 def test_a_model_compiled_for_gpus_that_are_not_here(monkeypatch, tmp_path):
     monkeypatch.setenv("LM_CACHE", str(tmp_path))
-    h100 = target.read("h100:8")
-    try:
-        topology.check(h100)
-    except config.ConfigError as error:
-        pytest.skip(str(error))
+    h100 = installed("h100:8")
     found = compiling.compiled(toy.experiment(*EIGHT), h100)
     assert not found.refusal and found.total > 0
     assert found.sent["all-reduce over data"] > 0
@@ -141,11 +147,7 @@ def test_a_model_compiled_for_gpus_that_are_not_here(monkeypatch, tmp_path):
 @pytest.mark.tpu_compile
 def test_a_model_too_large_for_a_tpu_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("LM_CACHE", str(tmp_path))
-    v5e = target.read("v5e:2x4")
-    try:
-        topology.check(v5e)
-    except config.ConfigError as error:
-        pytest.skip(str(error))
+    v5e = installed("v5e:2x4")
     chosen = config.override(load("llama_1b"), ["mesh.fsdp=1", "mesh.data=8"])
     found = compiling.compiled(chosen, v5e)
     assert "GB, and a device has 16.91 GB" in found.refusal
@@ -157,11 +159,7 @@ def test_a_model_too_large_for_a_tpu_is_refused(monkeypatch, tmp_path):
 def test_a_shipped_experiment_is_held_as_its_plan_says(name, monkeypatch, tmp_path):
     monkeypatch.setenv("LM_CACHE", str(tmp_path))
     chosen = load(name)
-    wanted = target.read(chosen.target)
-    try:
-        topology.check(wanted)
-    except config.ConfigError as error:
-        pytest.skip(str(error))
+    wanted = installed(chosen.target)
     planned = memory.memory(program(chosen, wanted.layout(chosen.mesh)))
     found = compiling.compiled(chosen, wanted)
     state = planned.parameters + planned.optimizer

@@ -64,7 +64,7 @@ def plan(
         topology.check(wanted)
     prog = train.program(experiment, wanted.layout(experiment.mesh))
     checked(prog)
-    mesh = dict(prog.layout.mesh.shape)
+    mesh, counts = dict(prog.layout.mesh.shape), parameters(prog)
     made = Plan(
         experiment=experiment.name,
         about=experiment.about,
@@ -77,11 +77,11 @@ def plan(
         ways={a: Way(link=w[1], rate=w[0]) for a, w in wanted.ways(mesh).items()},
         slices=wanted.slices,
         changes=changes,
-        parameters=parameters(prog),
+        parameters=counts,
         active=active(prog),
         tokens_per_step=speed.tokens_of(prog),
         steps=experiment.train.steps,
-        optimal_tokens=CHINCHILLA * sum(parameters(prog).values()),
+        optimal_tokens=CHINCHILLA * sum(counts.values()),
         memory=state_only(prog),
         notes=tuple(prog.unused),
     )
@@ -111,24 +111,19 @@ def progress(
 
 def modelled(made: Plan, prog: Program, wanted: Target, price: float | None) -> Plan:
     """Returns the plan with all that formulas say."""
-    held = memory.memory(prog)
-    computed = speed.work(prog)
-    sent, note = speed.refused(prog, wanted)
-    rate = wanted.chip.bf16 * wanted.chip.reach
-    sent = speed.hidden(sent, computed.hardware_flops / rate)
-    spent = speed.times(prog, wanted.chip, computed, sent, wanted.hosts)
-    reached = speed.speed(prog, wanted, computed, spent, price)
+    held, found = memory.memory(prog), speed.predict(prog, wanted)
+    reached = speed.speed(prog, wanted, found.work, found.time, price)
     return dataclasses.replace(
         made,
         memory=held,
-        work=computed,
-        transfers=tuple(sent),
-        time=spent,
+        work=found.work,
+        transfers=tuple(found.transfers),
+        time=found.time,
         speed=reached,
         host=speed.host(prog, wanted, held, reached.tokens_per_second),
         timetable=report.ticks(gradients.table(prog)) if prog.staged else (),
         idle=gradients.table(prog).bubble if prog.staged else 0.0,
-        notes=(*made.notes, *filter(None, [note])),
+        notes=(*made.notes, *found.notes),
     )
 
 
@@ -144,8 +139,8 @@ def checked(prog: Program) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        if type(error).__name__ not in ("ShardingTypeError", "ValueError", "TypeError"):
-            raise
+        if "shard" not in f"{type(error).__name__} {error}".lower():
+            raise  # of the program, not of how it is split
         raise ConfigError(_explained(error, prog)) from error
 
 

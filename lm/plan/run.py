@@ -39,7 +39,7 @@ def run(
     if price is not None and price < 0:
         raise ConfigError(f"--price_per_chip_hour={price}: expected 0 or more")
     if searching:
-        _search(experiment, wanted, depth, say)
+        _search(experiment, workdir, wanted, depth, say)
         return
     plan = make.plan(experiment, wanted, depth, changes=changes, price=price, say=say)
     if plan.time is not None:
@@ -57,7 +57,9 @@ def write(plan: Plan, workdir: str) -> None:
     page.write(plan, folder / "plan.html")
 
 
-def _search(experiment: Experiment, wanted: Target, depth: str, say: Say) -> None:
+def _search(
+    experiment: Experiment, workdir: str, wanted: Target, depth: str, say: Say
+) -> None:
     """Ranks candidates by the model, and asks the compiler about the best where it is there."""
 
     def progress(done: int, best: float | None) -> None:
@@ -80,7 +82,16 @@ def _search(experiment: Experiment, wanted: Target, depth: str, say: Say) -> Non
             for i, row in enumerate(rows)
         ]
         rows = [row for row in rows if row is not None]
+    if not rows:
+        raise ConfigError(
+            f"--target={wanted.name}: its compiler refuses the best {CONFIRMED} candidates; use "
+            "--depth=model to see them"
+        )
     tell.search(rows)
+    best = config.override(experiment, list(rows[0].change))
+    plan = make.plan(best, wanted, changes=rows[0].change)
+    write(dataclasses.replace(plan, found=tuple(rows)), workdir)
+    say(f"wrote the plan of the first to {workdir}/plan.json and plan.html")
 
 
 def _confirmed(

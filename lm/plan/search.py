@@ -34,6 +34,7 @@ class Found:
     sets: tuple[str, ...]
     bytes: int  # on a device
     step: float  # seconds
+    tokens: int  # of a step
     mfu: float
     limit: str
 
@@ -55,15 +56,17 @@ def tried(
         if rough and _state(prog) > wanted.chip.hbm:
             return None  # nothing else needs to be looked at
         held = memory.memory(prog, rough)
-        computed = speed.work(prog, rough)
-        sent, _ = speed.refused(prog, wanted)
+        found = speed.predict(prog, wanted, rough)
     except ConfigError:
         return None
-    rate = wanted.chip.bf16 * wanted.chip.reach
-    sent = speed.hidden(sent, computed.hardware_flops / rate)
-    spent = speed.times(prog, wanted.chip, computed, sent, wanted.hosts)
-    mfu = computed.model_flops / wanted.chip.bf16 / spent.step
-    return Found(tuple(sets), held.total, spent.step, mfu, spent.limit)
+    return Found(
+        sets=tuple(sets),
+        bytes=held.total,
+        step=found.time.step,
+        tokens=speed.tokens_of(prog),
+        mfu=found.work.model_flops / wanted.chip.bf16 / found.time.step,
+        limit=found.time.limit,
+    )
 
 
 def _state(prog: Program) -> int:
@@ -106,14 +109,14 @@ def advice(
     assert plan.time is not None, "advice needs the model's depth"
     layout = wanted.layout(experiment.mesh)
     ones = list(neighbours(experiment, layout))
-    now = Found((), plan.memory.total, plan.time.step, 0.0, plan.time.limit)
+    fits, step = plan.memory.total <= wanted.chip.hbm, plan.time.step
     found = _tried(experiment, ones, wanted)
-    if not now.fits(wanted) and not any(f.fits(wanted) for f in found):
+    if not fits and not any(f.fits(wanted) for f in found):
         pairs = [a + b for a, b in itertools.combinations(ones, 2) if _apart(a, b)]
         found += _tried(experiment, pairs, wanted)
     good = exactly(experiment, found, wanted, 2 * most)
-    if now.fits(wanted):
-        good = [f for f in good if f.step < 0.97 * now.step]
+    if fits:
+        good = [f for f in good if f.step < 0.97 * step]
     good = good[:most]
     return tuple(Advice(change=f.sets, memory=f.bytes, step=f.step) for f in good)
 
@@ -230,16 +233,13 @@ def search(
 
 def ranked(found: Sequence[Found], experiment: Experiment) -> list[Candidate]:
     """Returns rows for the table, without what is as it is in the experiment."""
-    tokens = experiment.train.batch_size * experiment.data.length
-    here = {k: str(v) for k, v in config.flatten(experiment).items()}
+    here = {f"{k}={v}".lower() for k, v in config.flatten(experiment).items()}
     return [
         Candidate(
-            change=tuple(
-                s for s in f.sets if here.get(s.split("=")[0]) != s.split("=")[1]
-            ),
+            change=tuple(s for s in f.sets if s not in here),
             memory=f.bytes,
             step=f.step,
-            tokens_per_second=tokens / f.step,
+            tokens_per_second=f.tokens / f.step,
             mfu=f.mfu,
             limit=f.limit,
             confirmed=False,

@@ -17,13 +17,8 @@ from lm.plan.report import Host, Memory, Speed, Time, Transfer, Work
 from lm.plan.target import Target
 from lm.program import Program
 
-REACH = {
-    "ici": 0.9,
-    "nvlink": 0.8,
-    "dcn": 0.8,
-    "network": 0.8,
-    "memory": 1.0,
-}  # of a link
+# What transfers reach of a link: assumed, not measured here.
+REACH = {"ici": 0.9, "nvlink": 0.8, "dcn": 0.8, "network": 0.8, "memory": 1.0}
 # What the arithmetic of other layers or ticks can pass beside: weights ahead of their use,
 # gradients behind it, keys of the next hop.
 BESIDE = ("weights: layers", "gradients: layers", "keys", "keys: gradients", "stages")
@@ -220,9 +215,25 @@ def _copies(prog: Program) -> int:
     return prog.layout.mesh.size // most
 
 
-def refused(prog: Program, wanted: Target) -> tuple[list[Transfer], str]:
-    """Returns the transfers, and a note where there is no formula for them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a step does and how long it takes."""
+
+    work: Work
+    transfers: list[Transfer]
+    time: Time
+    notes: tuple[str, ...]  # on what there is no formula for
+
+
+def predict(prog: Program, wanted: Target, rough: bool = False) -> Prediction:
+    """Returns what the model says of a step; `rough` as of `layer.costs`."""
+    chip, computed = wanted.chip, work(prog, rough)
+    notes: tuple[str, ...] = ()
     try:
-        return transfers(prog, wanted), ""
+        sent = transfers(prog, wanted)
     except ConfigError as error:
-        return [], f"{error}; times leave it out, --depth=compile counts its bytes"
+        sent = []
+        notes = (f"{error}; times leave it out, --depth=compile counts its bytes",)
+    sent = hidden(sent, computed.hardware_flops / (chip.bf16 * chip.reach))
+    spent = times(prog, chip, computed, sent, wanted.hosts)
+    return Prediction(work=computed, transfers=sent, time=spent, notes=notes)
