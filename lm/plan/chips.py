@@ -170,7 +170,7 @@ CHIPS = {
             sources={
                 "reach": MAMF,
                 "bf16 fp8 int8 bandwidth watts": H100_SHEET,
-                "hbm": "device_memory_size of lm/plan/h100.txtpb",
+                "hbm": "device_memory_size of lm/plan/cards/h100.txtpb",
                 "torus links largest": f"{H100_SHEET}: 900 GB/s bidirectional, a switch",
                 "network host_chips host_ram": "NVIDIA DGX H100: 400 Gb/s a GPU, 2 TB",
             },
