@@ -57,9 +57,7 @@ def plan(
     Raises:
         ConfigError: an experiment that the target cannot run, or no such depth.
     """
-    if depth not in DEPTHS:
-        hint = nearest(depth, DEPTHS)
-        raise ConfigError(f"--depth={depth}: expected one of {', '.join(DEPTHS)}{hint}")
+    known(depth)
     if depth == "compile":
         topology.check(wanted)
     prog = train.program(experiment, wanted.layout(experiment.mesh))
@@ -92,6 +90,17 @@ def plan(
         result = compiling.compiled(experiment, wanted, progress(wanted, say))
         made = dataclasses.replace(made, compiled=result)
     return made
+
+
+def known(depth: str) -> None:
+    """Checks that there is such a depth.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if depth not in DEPTHS:
+        hint = nearest(depth, DEPTHS)
+        raise ConfigError(f"--depth={depth}: expected one of {', '.join(DEPTHS)}{hint}")
 
 
 def progress(

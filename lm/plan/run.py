@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 
 from etils import epath
@@ -36,10 +37,10 @@ def run(
         ConfigError: an experiment, target or depth that cannot be planned, with the fix.
     """
     wanted = target.read(name or experiment.target)
-    if price is not None and price < 0:
+    if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--price_per_chip_hour={price}: expected 0 or more")
     if searching:
-        _search(experiment, workdir, wanted, depth, say)
+        _search(experiment, workdir, wanted, depth, price, say)
         return
     plan = make.plan(experiment, wanted, depth, changes=changes, price=price, say=say)
     if plan.time is not None:
@@ -58,9 +59,20 @@ def write(plan: Plan, workdir: str) -> None:
 
 
 def _search(
-    experiment: Experiment, workdir: str, wanted: Target, depth: str, say: Say
+    experiment: Experiment,
+    workdir: str,
+    wanted: Target,
+    depth: str,
+    price: float | None,
+    say: Say,
 ) -> None:
-    """Ranks candidates by the model, and asks the compiler about the best where it is there."""
+    """Ranks candidates by the model; at depth compile asks the compiler about the best."""
+    make.known(depth)
+    if depth == "types":
+        raise ConfigError(
+            "--search ranks by --depth=model (or compile, which confirms the best); types knows "
+            "no seconds"
+        )
 
     def progress(done: int, best: float | None) -> None:
         say(
@@ -89,7 +101,7 @@ def _search(
         )
     tell.search(rows)
     best = config.override(experiment, list(rows[0].change))
-    plan = make.plan(best, wanted, changes=rows[0].change)
+    plan = make.plan(best, wanted, changes=rows[0].change, price=price)
     write(dataclasses.replace(plan, found=tuple(rows)), workdir)
     say(f"wrote the plan of the first to {workdir}/plan.json and plan.html")
 
