@@ -245,6 +245,18 @@ def test_a_file_that_is_cut_off_is_found(source, tmp_path):
         files.Safetensors(folder)
 
 
+def test_json_that_says_something_else_is_named(tmp_path):
+    place = epath.Path(tmp_path)
+    for text in ("[1]", "{", b"\xff"):
+        text = text if isinstance(text, bytes) else text.encode()
+        (place / "config.json").write_bytes(text)
+        with toy.refused("config.json", "JSON object" if text == b"[1]" else "be read"):
+            files.read_json(place / "config.json")
+    (place / files.INDEX).write_text("{}")
+    with toy.refused(files.INDEX, "no weight_map"):
+        files.Safetensors(place)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_a_gguf_file_has_the_same_tensors_and_tokens(kind, source, tmp_path):
     package = pytest.importorskip("gguf", reason="GGUF files need the extra hf: gguf")

@@ -4,8 +4,8 @@ import jax
 import pytest
 import toy
 
-from lm import train
-from lm.plan import placement
+from lm import config, experiment, train
+from lm.plan import make, placement, target
 from lm.terminal import size
 
 MESHES = {
@@ -41,3 +41,15 @@ def test_large_copies_are_named_with_their_axis():
     assert "norm" not in line
     assert not placement.copies(toy.program(*wide, "mesh.data=8"))
     assert not placement.copies(toy.program(*wide, "mesh.fsdp=8"))
+
+
+def test_a_plan_says_how_attention_is_computed_and_what_packed_rows_cost():
+    chosen = experiment.load("llama_1b")
+
+    def said(isolate):
+        one = config.override(chosen, [f"data.isolate={isolate}"])
+        prog = train.program(one, target.read("h100:8").layout(one.mesh))
+        return make._attention(prog)
+
+    assert said("true") == ("Attention: blockwise; cudnn with data.isolate=false.",)
+    assert said("false") == ("Attention: cudnn.",)

@@ -92,8 +92,13 @@ def experiment(path: str, workdir: str) -> Experiment:
             path=f"{where}/tokenizer.model", begin="bos" if begins else "eos"
         )
     else:
+        hint = ""
+        if "spiece.model" in found.tokenizer:
+            hint = (
+                "; AutoTokenizer of transformers saves one of what is in spiece.model"
+            )
         raise ConfigError(
-            f"--from={path}: there is neither a tokenizer.json nor a tokenizer.model"
+            f"--from={path}: there is neither a tokenizer.json nor a tokenizer.model{hint}"
         )
     length = int(found.config.get("max_position_embeddings") or LONGEST)
     length = int(found.config.get("n_positions") or length)

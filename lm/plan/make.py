@@ -132,8 +132,17 @@ def modelled(made: Plan, prog: Program, wanted: Target, price: float | None) -> 
         host=speed.host(prog, wanted, held, reached.tokens_per_second),
         timetable=report.ticks(gradients.table(prog)) if prog.staged else (),
         idle=gradients.table(prog).bubble if prog.staged else 0.0,
-        notes=(*made.notes, *found.notes),
+        notes=(*made.notes, *_attention(prog), *found.notes),
     )
+
+
+def _attention(prog: Program) -> tuple[str, ...]:
+    """How attention is computed, and how it would be if rows were not packed."""
+    if not (here := placement.attention(prog)):
+        return ()
+    apart = placement.attention(prog, packed=False)
+    more = "" if apart == here else f"; {apart} with data.isolate=false"
+    return (f"Attention: {here}{more}.",)
 
 
 def checked(prog: Program) -> None:
