@@ -71,13 +71,12 @@ def confusion(
         for x, n in enumerate(row):
             color = "white" if shares[y][x] > 0.5 else INK
             axes.text(x, y, f"{n:,.0f}", ha="center", va="center", color=color)
-    plain = {"parse_math": False}  # a name may hold a $
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **plain)
-    axes.set_yticks(range(len(names)), names, **plain)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **PLAIN)
+    axes.set_yticks(range(len(names)), names, **PLAIN)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, loc="left", color=INK, fontsize=12, **plain)
+    axes.set_title(title, loc="left", color=INK, fontsize=12, **PLAIN)
     _write(picture, path)
 
 
