@@ -351,7 +351,7 @@ def _export(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     del lookout
     prog, params, coder, _ = _restored(experiment, workdir)
     plain = train.saved(prog, params)
-    work.send_out(experiment, plain, coder, _TO.value, workdir, prog)
+    work.send_out(experiment, plain, coder, _TO.value, workdir, prog, _say)
     return loop.DONE
 
 

@@ -11,9 +11,8 @@ TRAIN = "#7b8794"
 EVALS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182", "#2e4057")  # by set
 SPEED = "#30638e"
 INK = "#333333"
-CELLS = (
-    60  # classes of a confusion matrix up to which every cell has room for its count
-)
+CELLS = 60  # classes of a confusion matrix up to which cells have room for a count
+PLAIN: Any = {"parse_math": False}  # of text that may hold a $
 SMOOTH = 50  # a curve of more points gets its running mean over 1/SMOOTH of it
 
 
@@ -71,13 +70,12 @@ def confusion(
         for x, n in enumerate(row):
             color = "white" if shares[y][x] > 0.5 else INK
             axes.text(x, y, f"{n:,.0f}", ha="center", va="center", color=color)
-    plain = {"parse_math": False}  # a name may hold a $
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **plain)
-    axes.set_yticks(range(len(names)), names, **plain)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **PLAIN)
+    axes.set_yticks(range(len(names)), names, **PLAIN)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, loc="left", color=INK, fontsize=12, **plain)
+    axes.set_title(title, loc="left", color=INK, fontsize=12, **PLAIN)
     _write(picture, path)
 
 

@@ -102,6 +102,8 @@ def test_what_was_imported_is_exported_byte_for_byte(source, imported, tmp_path)
     out = tmp_path / "out"
     result = main("export", imported, f"--to={out}")
     assert result.code == 0, result.err
+    assert f"tensors as X to {out}" in result.err
+    assert "no tokenizer" not in result.err
     before, after = files.Safetensors(source), files.Safetensors(epath.Path(out))
     assert before.shapes == after.shapes
     assert before.dtypes == after.dtypes

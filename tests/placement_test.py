@@ -3,8 +3,11 @@
 import jax
 import pytest
 import toy
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 
 from lm import config, experiment, train
+from lm.nn import ffn
 from lm.plan import make, placement, target
 from lm.terminal import size
 
@@ -53,3 +56,12 @@ def test_a_plan_says_how_attention_is_computed_and_what_packed_rows_cost():
 
     assert said("true") == ("Attention: blockwise; cudnn with data.isolate=false.",)
     assert said("false") == ("Attention: cudnn.",)
+
+
+def test_a_sharding_that_does_not_fit_names_the_parameters(monkeypatch):
+    einsum = ffn.einsum
+    wrong = P(None, None, "fsdp")
+    monkeypatch.setattr(ffn, "einsum", lambda *given: reshard(einsum(*given), wrong))
+    prog = toy.program("mesh.fsdp=2", "mesh.tensor=4")
+    with toy.refused("lm/nn/ffn.py:", "with Mlp's up_df, gate_df", "mesh.fsdp=2"):
+        make.checked(prog)
