@@ -11,9 +11,8 @@ TRAIN = "#7b8794"
 EVALS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182", "#2e4057")  # by set
 SPEED = "#30638e"
 INK = "#333333"
-CELLS = (
-    60  # classes of a confusion matrix up to which every cell has room for its count
-)
+CELLS = 30  # classes of a confusion matrix up to which cells have room for a count
+PLAIN: Any = {"parse_math": False}  # of text that may hold a $
 SMOOTH = 50  # a curve of more points gets its running mean over 1/SMOOTH of it
 
 
