@@ -59,7 +59,7 @@ def least(prog: Program, remats: Sequence[stack.Remat] = ()) -> Costs:
         found = {}
         for name, a in vars(fixed).items():
             part = min(a, a / (2 * weights))
-            found[name] = part + getattr(each, name) * rows / tokens
+            found[name] = type(a)(part + getattr(each, name) * rows / tokens)
         return Cost(**found)
 
     def group(fixed: Group, each: Group) -> Group:

@@ -121,10 +121,8 @@ class _Walk:
             if node.rest is not None:
                 self.expand(node.choice, node.rest)
                 continue
-            prog = self.program(node.choice)
-            assert prog is not None, "it was looked at before"
             self.closely += 1
-            found = looks.look(prog, self.wanted, scaled.costs(prog))
+            found = self.roughly(node.choice)
             if found.fits(self.wanted):
                 self.good.append((found.step, node.number, node.choice))
                 self.good.sort()
@@ -152,6 +150,12 @@ class _Walk:
         """Seconds of a step that all of the best take less than."""
         return self.good[KEPT - 1][0] if len(self.good) >= KEPT else math.inf
 
+    def roughly(self, choice: Choice) -> Found:
+        """Returns nearly what a plan would say."""
+        prog = self.program(choice)
+        assert prog is not None, "it was looked at before"
+        return looks.look(prog, self.wanted, scaled.costs(prog))
+
     def exactly(self, choice: Choice) -> Found:
         """Returns what a plan would say."""
         prog = self.program(choice)
@@ -167,8 +171,9 @@ class _Walk:
 
     def nearest(self) -> Found | None:
         """Returns what comes nearest to fitting."""
-        some = [self.exactly(choice) for _, _, choice in self.near]
-        return min(some, key=lambda f: f.bytes, default=None)
+        some = [choice for _, _, choice in self.near]
+        least = min(some, key=lambda c: self.roughly(c).bytes, default=None)
+        return None if least is None else self.exactly(least)
 
     def program(self, choice: Choice) -> Program | None:
         """Returns a candidate's program, None if it is refused."""
