@@ -29,7 +29,7 @@ def costs(prog: Program) -> Costs:
     """Returns about what `layer.costs` does.
 
     Some per cent off: of what is not split evenly a device may have more than it has of two rows,
-    and another moment may be the fullest (`tests/scaled_test.py`).
+    and another moment may be the fullest (`tests/plan_test.py`).
     """
     count, mesh = layer.rows(prog), prog.layout.mesh.shape
     few = {a: min(mesh[a], SHARES) for a in sharding.GATHERED}
