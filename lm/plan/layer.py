@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import gathering, gradients, objectives, sharding, train, trees
+from lm import batches, gathering, gradients, objectives, sharding, train, trees
 from lm.models import stack
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.nn.blockwise import Tokens
-from lm.plan import jaxprs, local, pairs
+from lm.plan import jaxprs, pairs
 from lm.program import STACK, Program
 
 REPEATS = 2  # layers that are traced: fewer would be no loop
@@ -74,41 +74,10 @@ class Costs:
     head: Cost  # norm, logits and loss, whose forward forms the gradient too
 
 
-def costs(prog: Program, rough: bool = False) -> Costs:
-    """Returns what the parts of a model cost a device, for one microbatch.
-
-    Where it may be `rough`, as for thousands of candidates, costs are read from traces of one and
-    of two rows and grow with the rows, and weights that are stored in shares have two.
-    """
-    count = rows(prog)
-    if not rough:
-        return _costs(prog, count)
-    mesh = prog.layout.mesh.shape
-    shares = {a: min(mesh[a], 2) for a in sharding.GATHERED}
-    prog = dataclasses.replace(prog, layout=_sized(prog.layout, shares))
-    if count <= 2:
-        return _costs(prog, count)
-    return _grown(_costs(prog, 1), _costs(prog, 2), count)
-
-
-def _costs(prog: Program, count: int) -> Costs:
-    trace = _Trace(prog, count)
-    if isinstance(prog.experiment.model, EncoderDecoder.Config):
-        blocks = [trace.both()]
-    else:
-        blocks = [trace.chunk()] if prog.staged else trace.groups()
-    return Costs(blocks=tuple(blocks), embed=trace.embed(), head=trace.head())
-
-
-def _grown(one: Any, two: Any, count: int) -> Any:
-    """Returns costs of so many rows by those of one and of two: a line through both."""
-    if isinstance(one, tuple):
-        return tuple(_grown(a, b, count) for a, b in zip(one, two, strict=True))
-    if isinstance(one, Cost | Group | Costs):
-        both = {n: (v, getattr(two, n)) for n, v in vars(one).items() if n != "what"}
-        grown = {n: _grown(*pair, count) for n, pair in both.items()}
-        return dataclasses.replace(one, **grown)
-    return type(one)(one + (count - 1) * (two - one))
+def costs(prog: Program) -> Costs:
+    """Returns what the parts of a model cost a device, for one microbatch."""
+    trace = Trace(prog, rows(prog))
+    return Costs(blocks=tuple(trace.blocks()), embed=trace.embed(), head=trace.head())
 
 
 def rows(prog: Program) -> int:
@@ -119,21 +88,16 @@ def rows(prog: Program) -> int:
 
 def stream(prog: Program) -> int:
     """Returns the bytes of a microbatch's residual stream on a device."""
-    trace = _Trace(prog, rows(prog))
-    return local.size(trace.stream(trace.inner))
+    row = batches.row(prog.experiment.objective, prog.experiment.data)["tokens"]
+    model, tokens = prog.experiment.model, rows(prog) * row.shape[0]
+    item = model.compute(prog.layout.platform).itemsize
+    return tokens // prog.layout.size("residual") * model.dim * item
 
 
-_known: dict[Any, Any] = {}
+_known: dict[Any, Cost] = {}
 
 
-def _once(key: Any, make: Callable[[], Any]) -> Any:
-    """Returns what was made for this key: a search asks for the same layers again and again."""
-    if key not in _known:
-        _known[key] = make()
-    return _known[key]
-
-
-class _Trace:
+class Trace:
     """Traces the parts of a program, on a mesh without replicas: each has the same to do.
 
     A vmap stands for the replicas in the step (`gradients.apart`), and for the stages around a
@@ -153,12 +117,20 @@ class _Trace:
         self.key = (
             *(_repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
             *(self.rows, prog.whole, prog.layout.platform, rules),
-            *(str(ends.layout.mesh.shape), prog.places.shape, prog.places.tobytes()),
         )
 
-    def _once(self, what: str, make: Callable[[], Cost], number: int = 0) -> Cost:
-        """Returns layers' costs, which depend on what the backward computes again."""
-        return _once((what, number, self.remat, *self.key), make)
+    def _once(self, make: Callable[[], Cost], prog: Program, *what: Any) -> Cost:
+        """Returns a part's costs: a search asks for the same ones again and again."""
+        key = (*what, tuple(prog.layout.mesh.shape.values()), *self.key)
+        if key not in _known:
+            _known[key] = make()
+        return _known[key]
+
+    def blocks(self) -> list[Group]:
+        """All layers, as a device runs them."""
+        if isinstance(self.model, EncoderDecoder.Config):
+            return [self.both()]
+        return [self.chunk()] if self.inner.staged else self.groups()
 
     def groups(self) -> list[Group]:
         """Layers as they are stacked, of each stack two units one after another."""
@@ -168,7 +140,10 @@ class _Trace:
                 what=_words(unit),
                 count=count,
                 layers=len(unit),
-                cost=self._once("group", functools.partial(self._group, i), i),
+                cost=self._once(
+                    functools.partial(self._group, i),
+                    *(self.inner, "group", i, self.remat),
+                ),
             )
             for i, (count, unit) in enumerate(units)
         ]
@@ -192,8 +167,10 @@ class _Trace:
     def chunk(self) -> Group:
         """The layers that a stage runs at a time."""
         blocks = self.model.blocks
-        made = self._once("chunk", self._chunk)
-        _, v, n = self.inner.places.shape
+        places = self.inner.places
+        key = "chunk", self.remat, places.shape, places.tobytes()
+        made = self._once(self._chunk, self.inner, *key)
+        _, v, n = places.shape
         return Group(what=_words(blocks), count=v, layers=n, cost=made)
 
     def _chunk(self) -> Cost:
@@ -210,19 +187,14 @@ class _Trace:
         given = (params[STACK], self.stream(prog))
         blocks = self.model.blocks
         cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
-        return dataclasses.replace(
-            cost,
-            flops_backward=cost.flops_forward + cost.flops_backward,
-            bytes_backward=cost.bytes_forward + cost.bytes_backward,
-            waited_backward=cost.waited_forward + cost.waited_backward,
-        )
+        return again(cost)
 
     def both(self) -> Group:
         """Two stacks with all their layers, and the embedding of what the encoder reads."""
         model = self.model
         assert isinstance(model, EncoderDecoder.Config)
         blocks = (*model.encoder_blocks, *model.blocks)
-        cost = self._once("both", self._both)
+        cost = self._once(self._both, self.ends, "both", self.remat)
         return Group(what="encoder and decoder", count=1, layers=len(blocks), cost=cost)
 
     def _both(self) -> Cost:
@@ -236,7 +208,7 @@ class _Trace:
 
     def embed(self) -> Cost:
         """The embedding."""
-        return _once(("embed", *self.key), self._embed)
+        return self._once(self._embed, self.ends, "embed")
 
     def _embed(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
@@ -251,7 +223,7 @@ class _Trace:
 
     def head(self) -> Cost:
         """The last norm, the logits and the loss."""
-        return _once(("head", *self.key), self._head)
+        return self._once(self._head, self.ends, "head")
 
     def _head(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
@@ -339,6 +311,16 @@ class _Trace:
         )
 
 
+def again(cost: Cost) -> Cost:
+    """Returns the costs of layers whose backward runs their forward again."""
+    return dataclasses.replace(
+        cost,
+        flops_backward=cost.flops_forward + cost.flops_backward,
+        bytes_backward=cost.bytes_forward + cost.bytes_backward,
+        waited_backward=cost.waited_forward + cost.waited_backward,
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _repr(model: Any) -> str:
     """Returns a model's config as text, without what only its layers ask for."""
@@ -347,10 +329,10 @@ def _repr(model: Any) -> str:
 
 def _without(layout: sharding.Layout, axes: set[str]) -> sharding.Layout:
     """Returns the layout on an abstract mesh with one device along these mesh axes."""
-    return _sized(layout, dict.fromkeys(axes, 1))
+    return sized(layout, dict.fromkeys(axes, 1))
 
 
-def _sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
+def sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
     """Returns the layout on an abstract mesh with so many devices along these mesh axes."""
     sizes = {**layout.mesh.shape, **changes}
     types = (AxisType.Explicit,) * len(sizes)

@@ -6,6 +6,7 @@ are gradients of all layers and one layer is computed; and the update.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from lm import gathering, gradients, optim, sharding, train, trees
 from lm.plan import jaxprs, layer, local, placement, report
@@ -66,17 +68,20 @@ def state(prog: Program, rough: bool = False) -> State:
     )
 
 
-def memory(prog: Program, rough: bool = False) -> report.Memory:
+def memory(prog: Program, parts: layer.Costs | None = None) -> report.Memory:
     """Returns what the fullest device holds at the fullest moment of a step.
 
-    `rough` is for searches, see `layer.costs`.
+    Searches give the costs of its `parts`, by which they look at it roughly.
     """
-    return max(moments(prog, rough).values(), key=lambda m: m.total)
+    return max(moments(prog, parts).values(), key=lambda m: m.total)
 
 
-def moments(prog: Program, rough: bool = False) -> dict[str, report.Memory]:
+def moments(
+    prog: Program, parts: layer.Costs | None = None
+) -> dict[str, report.Memory]:
     """Returns what the fullest device holds at each moment that may be the fullest."""
-    costs, there = layer.costs(prog, rough), state(prog, rough)
+    rough = parts is not None
+    costs, there = parts or layer.costs(prog), state(prog, rough)
     grads = gradient(prog)
     kept = _kept(prog, costs)
     kept["ids"] = there.batch
@@ -235,7 +240,13 @@ def _waiting(prog: Program, whole: int, share: int) -> int:
 
 def _shape(prog: Program, path: str, spec: Any) -> jax.ShapeDtypeStruct:
     x = prog.shapes[path]
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=prog.sharding(spec))
+    return _placed(x.shape, x.dtype, prog.layout.mesh, spec)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _placed(shape: Any, dtype: Any, mesh: Any, spec: Any) -> jax.ShapeDtypeStruct:
+    place = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
 def _bytes(tree: Any) -> int:

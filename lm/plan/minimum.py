@@ -167,6 +167,8 @@ class _Count:
         """
         for path, axes in self.prog.axes.items():
             over = tuple(a for a in self._split(path) if a in sharding.GATHERED)
+            if not over:
+                continue
             if self.held:
                 sent, _ = gathering.dtypes(self.prog, path)
                 whole = self._whole(path, over) * sent.itemsize
