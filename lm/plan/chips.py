@@ -13,6 +13,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lm import heap
+
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
@@ -55,14 +57,9 @@ class Chip:
         return max(2 * self.torus, 1)
 
 
-# The share of a GPU that JAX takes for arrays, if XLA_CLIENT_MEM_FRACTION does not say another
-# (docs.jax.dev, GPU memory allocation).
-TAKEN = 0.75
-
-
 def _memory(there: float, left: float | None = None) -> dict[str, int]:
     """Returns the HBM of a chip, in GiB, as programs find it."""
-    left = TAKEN * there if left is None else left
+    left = heap.TAKEN * there if left is None else left
     return {"hbm": round(left * GIB), "reserved": round((there - left) * GIB)}
 
 
