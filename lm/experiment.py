@@ -272,13 +272,18 @@ class Experiment:
         """Checks what an encoder beside a decoder can be split over."""
         if not isinstance(self.model, EncoderDecoder.Config):
             return
-        for axis, logical in (("pipe", "layers"), ("seq", "length")):
-            if (devices := layout.size(logical)) > 1:
-                raise ConfigError(
-                    f"mesh.{axis}={devices}: model=EncoderDecoder has two stacks over rows of two "
-                    f"lengths, which mesh.{axis} does not split; set mesh.{axis}=1 and use "
-                    "mesh.data, fsdp or tensor"
-                )
+        if layout.size("layers") > 1 and self.pipeline.schedule != "gpipe":
+            raise ConfigError(
+                f"pipeline.schedule={self.pipeline.schedule}: model=EncoderDecoder has two stacks, "
+                "and no backward begins before both are through with all microbatches; set "
+                "pipeline.schedule=gpipe"
+            )
+        if (devices := layout.size("length")) > 1:
+            raise ConfigError(
+                f"mesh.seq={devices}: model=EncoderDecoder has two stacks over rows of two "
+                "lengths, which mesh.seq does not split; set mesh.seq=1 and use "
+                "mesh.data, fsdp, tensor or pipe"
+            )
         parts, length = (
             layout.size("residual"),
             batches.written(self.objective, self.data),
