@@ -19,10 +19,10 @@ from jaxtyping import Array
 
 from lm import gathering, objectives, sharding
 from lm.batches import Objective
-from lm.models import pipeline, stack, stages, timetable
+from lm.models import encoder_decoder, pipeline, stack, stages, timetable
 from lm.models.encoder_decoder import ENCODER
 from lm.nn.blockwise import Tokens
-from lm.nn.layers import Source, dropout_keys
+from lm.nn.layers import dropout_keys
 from lm.program import STACK, Params, Program
 
 Sums = dict[str, Array]
@@ -191,9 +191,7 @@ def _staged(
         loss, sums, grads = pipeline.run(_flow(given, STACK, batches))
         sums = {**sums, "loss": loss}
         return sums, {} if grads is None else _joined(prog, *grads[:2])
-    names = {"inputs": "tokens", "input_positions": "positions"}
-    names |= {"input_segments": "segments", "index": "index"}
-    reads = _flow(given, ENCODER, {new: batches[old] for old, new in names.items()})
+    reads = _flow(given, ENCODER, encoder_decoder.rows(batches))
     outs, kept = pipeline.forward(reads)
     source, vjp = jax.vjp(functools.partial(_looked_at, given), reads.rest, outs)
     loss, sums, grads = pipeline.run(_flow(given, STACK, batches, source))
@@ -219,9 +217,8 @@ class _Given:
     poison: bool
 
     def part(self, name: str, changes: Params) -> Any:
-        """Returns the part of the model that has a stack, with other values of parameters."""
-        model: Any = self.prog.model({**self.params, **changes})
-        return model.reader if name == ENCODER else model
+        """Returns a part of the model, with other values of parameters."""
+        return self.prog.model({**self.params, **changes}).part(name)
 
 
 def _flow(
@@ -239,9 +236,7 @@ def _flow(
         tokens = Tokens(batch["positions"], batch["segments"])
         side = part.side(tokens, row_keys(prog, batch, given.step), prog.packed)
         if source is not None:
-            there = Tokens(batch["input_positions"], batch["input_segments"])
-            looked_at = Source(stack.enter(source), there)
-            side = dataclasses.replace(side, source=looked_at)
+            side = encoder_decoder.looking(side, batch, source)
         x, aux = part.stage(x, side, prog.stacks[name], ids)
         loss, sums = objectives.layers(aux, batch)
         return x, jnp.float32(loss) / given.count, sums

@@ -158,17 +158,16 @@ class EncoderDecoder(Model):
         packed: bool = True,
     ) -> Source:
         """Returns what the decoder looks at; arguments as of a call."""
-        reader, c = self.reader, self._own
+        reader, c = Reader(self), self._own
         x_BTD = reader.embed(tokens_BT, tokens.positions, keys_BT)
         side = reader.side(tokens, keys_BT, packed)
         run = functools.partial(stack.run, remat=c.remat, scan=c.scan, first=c.layers)
         x_BTD, _, _ = run(self.encoder, x_BTD, side)
         return Source(stack.enter(reader.final(x_BTD)), tokens)
 
-    @property
-    def reader(self) -> "Reader":
-        """The stack that reads, in parts."""
-        return Reader(self)
+    def part(self, name: str) -> Any:
+        """Returns what is around a stack of layers: the embedding before, the norm behind."""
+        return Reader(self) if name == ENCODER else self
 
     def embed(
         self,
@@ -237,6 +236,19 @@ class EncoderDecoder(Model):
 
         _, others = jax.lax.scan(keys, None, self.layers)
         return super().empty_cache(batch, length), others
+
+
+def rows(batch: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns what is read of a batch, by the names that what is written has in it."""
+    names = {"inputs": "tokens", "input_positions": "positions"}
+    names |= {"input_segments": "segments", "index": "index"}
+    return {name: batch[own] for own, name in names.items()}
+
+
+def looking(side: Side, batch: Mapping[str, Array], x_BTD: Array) -> Side:
+    """Returns `side` with what its blocks look at: what a `Reader` made of rows of the batch."""
+    there = Tokens(batch["input_positions"], batch["input_segments"])
+    return dataclasses.replace(side, source=Source(stack.enter(x_BTD), there))
 
 
 @dataclasses.dataclass(frozen=True)

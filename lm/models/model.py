@@ -265,6 +265,11 @@ class Model(nnx.Module):
         """Returns what every block gets besides the residual stream; arguments as of a call."""
         return Side(tokens, keys_BT=keys_BT, slot=slot, cached=cached, packed=packed)
 
+    def part(self, name: str) -> Any:
+        """Returns what is around a stack of layers: the embedding before, the norm behind."""
+        assert name == STACK, name
+        return self
+
     @property
     def shared(self) -> tuple[str, ...]:
         """Parameters outside of the layers that all of them have in common."""

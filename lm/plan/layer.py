@@ -7,7 +7,7 @@ own policy of what the backward computes again: nothing is compiled and no array
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import gathering, gradients, objectives, sharding, train, trees
-from lm.models import stack
-from lm.models.encoder_decoder import EncoderDecoder
+from lm.models import encoder_decoder, stack
+from lm.models.encoder_decoder import ENCODER, EncoderDecoder
 from lm.nn.blockwise import Tokens
 from lm.plan import jaxprs, local, pairs
 from lm.program import STACK, Program
@@ -64,7 +64,7 @@ class Group:
 class Costs:
     """Of a model's parts.
 
-    Of a pipeline's stage the one group is the chunk of layers that it runs at a time, once for
+    Of a pipeline's stage a group is the chunk of layers of a stack that it runs at a time, once for
     each of its rounds. Its backward runs it forward again, with what `kept` says, and that is
     counted in the backward; from tick to tick a stage keeps the chunk's input only.
     """
@@ -93,10 +93,12 @@ def costs(prog: Program, rough: bool = False) -> Costs:
 
 def _costs(prog: Program, count: int) -> Costs:
     trace = _Trace(prog, count)
-    if isinstance(prog.experiment.model, EncoderDecoder.Config):
+    if prog.staged:
+        blocks = [trace.chunk(name) for name in prog.stacks]
+    elif isinstance(prog.experiment.model, EncoderDecoder.Config):
         blocks = [trace.both()]
     else:
-        blocks = [trace.chunk()] if prog.staged else trace.groups()
+        blocks = trace.groups()
     return Costs(blocks=tuple(blocks), embed=trace.embed(), head=trace.head())
 
 
@@ -117,10 +119,10 @@ def rows(prog: Program) -> int:
     return prog.experiment.train.batch_size // (parts * prog.layout.size("batch"))
 
 
-def stream(prog: Program) -> int:
-    """Returns the bytes of a microbatch's residual stream on a device."""
+def stream(prog: Program, name: str = STACK) -> int:
+    """Returns the bytes of a microbatch's residual stream on a device, in a stack."""
     trace = _Trace(prog, rows(prog))
-    return local.size(trace.stream(trace.inner))
+    return local.size(trace.stream(trace.inner, name))
 
 
 _known: dict[Any, Any] = {}
@@ -165,7 +167,7 @@ class _Trace:
         units = stack.grouped(self.model.blocks)
         return [
             Group(
-                what=_words(unit),
+                what=pairs.words(unit),
                 count=count,
                 layers=len(unit),
                 cost=self._once("group", functools.partial(self._group, i), i),
@@ -189,26 +191,31 @@ class _Trace:
         given = (params[STACK], self.stream(prog))
         return self._traced(prog, run, given, (side, some), unit, loop=True)
 
-    def chunk(self) -> Group:
-        """The layers that a stage runs at a time."""
-        blocks = self.model.blocks
-        made = self._once("chunk", self._chunk)
-        _, v, n = self.inner.places.shape
-        return Group(what=_words(blocks), count=v, layers=n, cost=made)
+    def chunk(self, name: str) -> Group:
+        """The layers of a stack that a stage runs at a time."""
+        run = functools.partial(self._chunk, name)
+        _, v, n = self.inner.stacks[name].layers.shape
+        words = pairs.words(self.model.stacks[name])
+        return Group(what=words, count=v, layers=n, cost=self._once(name, run))
 
-    def _chunk(self) -> Cost:
+    def _chunk(self, name: str) -> Cost:
         prog, params = self.inner, _params(self.inner, None)
-        side, some = self._side(params), _batch(prog, self.rows)
+        side, some = self._side(params, name), self._batch(prog, name)
+        looks = ENCODER in prog.stacks and name == STACK
+        source = self.stream(prog, ENCODER) if looks else None
 
-        def run(layers: Any, x: Any, side: Any, some: Any) -> Any:
-            model = prog.model({**params, STACK: layers})
-            ids = jnp.arange(prog.places.shape[-1], dtype=jnp.int32)
-            x, aux = model.stage(x, side, prog.chunks, ids)
+        def run(layers: Any, x: Any, source: Any, side: Any, some: Any) -> Any:
+            part = prog.model({**params, name: layers}).part(name)
+            if source is not None:
+                side = encoder_decoder.looking(side, some, source)
+            places = prog.stacks[name]
+            ids = jnp.arange(places.layers.shape[-1], dtype=jnp.int32)
+            x, aux = part.stage(x, side, places, ids)
             loss, sums = objectives.layers(aux, some)
             return (x, jnp.float32(loss)), sums
 
-        given = (params[STACK], self.stream(prog))
-        blocks = self.model.blocks
+        given = (params[name], self.stream(prog, name), source)
+        blocks = self.model.stacks[name]
         cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
         return dataclasses.replace(
             cost,
@@ -235,19 +242,24 @@ class _Trace:
         return self._traced(prog, run, (params,), (_batch(prog, self.rows),))
 
     def embed(self) -> Cost:
-        """The embedding."""
+        """The embedding, on stages of what is read, too: else it is part of `both`."""
         return _once(("embed", *self.key), self._embed)
 
     def _embed(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
-        rest = {k: v for k, v in params.items() if k != STACK}
+        rest = {k: v for k, v in params.items() if k not in prog.stacks}
 
-        def run(rest: Any, some: Any) -> Any:
-            model = prog.model({**params, **rest})
-            keys = gradients.row_keys(prog, some, jnp.int32(0))
-            return model.embed(some["tokens"], some["positions"], keys), None
+        def run(rest: Any, rows: Any) -> Any:
+            found = []
+            for name, some in rows.items():
+                part = prog.model({**params, **rest}).part(name)
+                keys = gradients.row_keys(prog, some, jnp.int32(0))
+                found.append(part.embed(some["tokens"], some["positions"], keys))
+            return found, None
 
-        return self._traced(prog, run, (rest,), (_batch(prog, self.rows),))
+        names = prog.stacks if prog.staged else (STACK,)
+        rows = {name: self._batch(prog, name) for name in names}
+        return self._traced(prog, run, (rest,), (rows,))
 
     def head(self) -> Cost:
         """The last norm, the logits and the loss."""
@@ -265,25 +277,30 @@ class _Trace:
         given = (rest, self.stream(prog))
         return self._traced(prog, run, given, (_batch(prog, self.rows),))
 
-    def stream(self, prog: Program) -> jax.ShapeDtypeStruct:
-        """Returns the shapes of the residual stream."""
-        tokens = _batch(prog, self.rows)["tokens"]
+    def stream(self, prog: Program, name: str = STACK) -> jax.ShapeDtypeStruct:
+        """Returns the shapes of the residual stream of a stack."""
+        tokens = self._batch(prog, name)["tokens"]
         dtype = self.model.compute(prog.layout.platform)
         with sharding.use(prog.layout):
             spec = sharding.spec("batch", "residual", None)
         return _shape(prog, (*tokens.shape, self.model.dim), dtype, spec)
 
-    def _side(self, params: Any) -> Any:
-        """The shapes of what every block gets besides the stream."""
+    def _batch(self, prog: Program, name: str) -> Any:
+        """The shapes of the rows that a stack has."""
+        some = _batch(prog, self.rows)
+        return encoder_decoder.rows(some) if name == ENCODER else some
+
+    def _side(self, params: Any, name: str = STACK) -> Any:
+        """The shapes of what every block of a stack gets besides the stream."""
         prog = self.inner
 
         def make(params: Any, some: Any) -> Any:
             keys = gradients.row_keys(prog, some, jnp.int32(0))
             tokens = Tokens(some["positions"], some["segments"])
-            return prog.model(params).side(tokens, keys, prog.packed)
+            return prog.model(params).part(name).side(tokens, keys, prog.packed)
 
         with sharding.use(prog.layout):
-            made = jax.eval_shape(make, params, _batch(prog, self.rows))
+            made = jax.eval_shape(make, params, self._batch(prog, name))
         return jax.tree.map(prog.abstract, made)
 
     def _traced(
@@ -368,7 +385,7 @@ def _params(prog: Program, repeats: int | None) -> Any:
     found = {}
     for path, x in prog.shapes.items():
         shape, spec = x.shape, specs[path]
-        if path.split("/")[0] == STACK:
+        if prog.stacked(path):
             count = repeats or shape[0] // math.prod(prog.places.shape[:2])
             shape, spec = (count, *shape[1:]), P(None, *spec[1:])
         dtype = x.dtype
@@ -381,16 +398,3 @@ def _params(prog: Program, repeats: int | None) -> Any:
 def _shape(prog: Program, shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
     place = NamedSharding(prog.layout.mesh, spec)  # type: ignore[arg-type]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def _words(blocks: Sequence[stack.Block.Config]) -> str:
-    """The kinds of layers there are, in words."""
-    kinds = []
-    for block in blocks:
-        parts = [
-            type(c).__qualname__.split(".")[0] for c in (block.mixer, block.ffn) if c
-        ]
-        window = getattr(block.mixer, "window", None)
-        parts[0] += f" {window}" if window else ""
-        kinds.append(" + ".join(parts))
-    return ", ".join(dict.fromkeys(kinds))
