@@ -29,7 +29,10 @@ TWO = [
     ),
     "pipeline.schedule=gpipe",
 ]
-T5 = [*TWO, "model.positions.buckets=8", "model.positions.distance=9", "model.start=0"]
+T5 = [
+    *(*TWO, "model.positions.buckets=8", "model.positions.distance=9", "model.start=0"),
+    *("model.encoder_layers=3", "model.dropout=0.1"),
+]
 VASWANI = [
     *TWO,
     "model.positions=Sinusoidal",
@@ -88,16 +91,15 @@ CASES = {
     ],
     "two stacks, uneven, gathered once": [
         *T5, "mesh.pipe=2", "mesh.data=2", "mesh.fsdp=2", "pipeline.gather=step",
-        "pipeline.microbatches=2", "model.encoder_layers=3", "model.dropout=0.1",
+        "pipeline.microbatches=2",
     ],
-    "two stacks, post-norm, sequence": [
-        *VASWANI, "mesh.pipe=4", "mesh.tensor=2", "mesh.sequence_parallel=true",
+    "two stacks, post-norm, ring": [
+        *VASWANI, "mesh.pipe=4", "mesh.seq=2", "model.attention.context=ring",
         "pipeline.microbatches=4", "model.layers=4", "model.encoder_layers=5",
     ],
     "two stacks, accumulated": [
-        *T5, "mesh.pipe=2", "mesh.fsdp=2", "mesh.tensor=2", "pipeline.microbatches=4",
-        "train.accumulate=2", "model.remat=full", "model.scan=false", "model.tied=false",
-        "model.layers=3",
+        *T5, "mesh.pipe=2", "mesh.fsdp=2", "mesh.tensor=2", "pipeline.microbatches=2",
+        "mesh.sequence_parallel=true", "train.accumulate=2", "model.remat=full",
     ],
     "1f1b, learned positions": [
         *toy.CLASSIC, "model.attention.bias=false", "mesh.pipe=2", "mesh.tensor=4",
@@ -141,6 +143,7 @@ def plain(sets):
 
 
 SLOW = (
+    "two stacks, accumulated",
     "interleaved, fsdp",
     "interleaved, experts, gathered once, accumulated",
     "1f1b, experts after dense layers",
@@ -280,7 +283,7 @@ def test_evaluation_and_samples_are_those_of_one_device(case):
     [
         [*FIVE, *ROUNDS],
         [*EXPERTS, *FIRST, "model.layers=3"],
-        [*T5, "model.encoder_layers=3", "model.layers=4"],
+        T5,
     ],
 )
 def test_what_is_saved_is_in_plain_order_and_comes_back(model):

@@ -33,7 +33,7 @@ class Pipeline:
     time. `none` computes least, and holds the layers of one chunk and one microbatch.
     """
 
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"  # of two stacks: gpipe
     microbatches: int | None = None  # of each accumulated part; None: 4 for each stage
     rounds: int = 1  # chunks of layers on a stage, for interleaved
     # When weights stored in shares (mesh.fsdp) are gathered: for every tick (ZeRO-3, least held),

@@ -215,7 +215,7 @@ class _Trace:
             return (x, jnp.float32(loss)), sums
 
         given = (params[name], self.stream(prog, name), source)
-        blocks = self.model.stacks[name]
+        blocks = () if ENCODER in prog.stacks else self.model.blocks
         cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
         return dataclasses.replace(
             cost,
