@@ -238,14 +238,14 @@ class EncoderDecoder(Model):
         return super().empty_cache(batch, length), others
 
 
-def rows(batch: Mapping[str, Array]) -> dict[str, Array]:
+def rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is read of a batch, by the names that what is written has in it."""
     names = {"inputs": "tokens", "input_positions": "positions"}
     names |= {"input_segments": "segments", "index": "index"}
     return {name: batch[own] for own, name in names.items()}
 
 
-def looking(side: Side, batch: Mapping[str, Array], x_BTD: Array) -> Side:
+def looking(side: Side, batch: Mapping[str, Any], x_BTD: Array) -> Side:
     """Returns `side` with what its blocks look at: what a `Reader` made of rows of the batch."""
     there = Tokens(batch["input_positions"], batch["input_segments"])
     return dataclasses.replace(side, source=Source(stack.enter(x_BTD), there))

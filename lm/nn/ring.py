@@ -72,11 +72,6 @@ def attention(
         axes=layout.axes("length"),
         devices=layout.size("length"),
     )
-    forward, backward = {
-        "ring": (_ring_forward, _ring_backward),
-        "gather": (_gather_forward, _gather_backward),
-        "scored": (_scored_forward, _scored_backward),
-    }["scored" if scored else how]
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
     kv_spec = sharding.spec("batch", "length", "kv_heads", None)
     ids = (sharding.spec("batch", "length"),) * 4
@@ -84,6 +79,20 @@ def attention(
     ins = (q_spec, kv_spec, kv_spec, *ids)
     if scored:
         ins = (*ins, sharding.spec("batch", "kv_heads", None, "length", None))
+    call = _differentiable(plan, "scored" if scored else how, ins, outs)
+    return call(
+        q_BTKGH, k_BSKH, v_BSKH, q_tokens.positions, q_tokens.segments,
+        kv_tokens.positions, kv_tokens.segments, *([bias_RKGTS] if scored else []),
+    )  # fmt: skip
+
+
+def _differentiable(plan: Plan, how: str, ins: Any, outs: Any) -> Callable[..., Any]:
+    """Returns the region of one way to attend, with the gradient that is written for it."""
+    forward, backward = {
+        "ring": (_ring_forward, _ring_backward),
+        "gather": (_gather_forward, _gather_backward),
+        "scored": (_scored_forward, _scored_backward),
+    }[how]
 
     @jax.custom_vjp
     def call(*args: Any) -> Any:
@@ -100,10 +109,7 @@ def attention(
         return (dq, dk, dv, None, None, None, None, *d_bias)
 
     call.defvjp(fwd, bwd)
-    return call(
-        q_BTKGH, k_BSKH, v_BSKH, q_tokens.positions, q_tokens.segments,
-        kv_tokens.positions, kv_tokens.segments, *([bias_RKGTS] if scored else []),
-    )  # fmt: skip
+    return call
 
 
 def _ring_forward(plan: Plan, q, k, v, q_pos, q_seg, kv_pos, kv_seg) -> Result:
