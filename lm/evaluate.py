@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import batches, generate, metrics
+from lm import batches, generate, metrics, plot
 from lm.data import loader, packing
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import EvalSet, Experiment
@@ -52,9 +52,16 @@ def of_set(
 ) -> dict[str, Any]:
     """Returns all that is said of a set: what `score` does, and the scores of `written`.
 
-    Process 0 leaves the texts that were written in `workdir`, in `texts/NAME.jsonl`.
+    Process 0 leaves in `workdir` what a person looks at: the texts that were written in
+    `texts/NAME.jsonl`, or which classes were taken for which in `confusion/NAME.png`.
     """
-    values: dict[str, Any] = score(prog, step, params, parts, chosen, coder)
+    values, counts = score(prog, step, params, parts, chosen, coder)
+    if counts is not None and jax.process_index() == 0:
+        path = epath.Path(workdir) / "confusion" / f"{chosen.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        labels: Any = getattr(prog.experiment.objective, "labels", ())
+        title = f"{prog.experiment.name}, {chosen.name}"
+        plot.confusion(counts.tolist(), labels, path, title)
     if not prog.experiment.eval.scores:
         return values
     scores, rows = written(prog, params, parts, coder, report)
@@ -73,10 +80,11 @@ def score(
     parts: Sequence[loader.Store],
     chosen: EvalSet,
     coder: Tokenizer,
-) -> dict[str, float]:
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """Returns `loss` (nats a token), `perplexity`, `bits_per_byte`, `accuracy` and `tokens`.
 
-    Of `Classification`, the loss of a text and the scores of classes, see `scores.classes`.
+    Of `Classification`, the loss of a text and the scores of classes, see `scores.classes`,
+    and the counts [C, C] that they are made of; else None.
     `accuracy` is the fraction of scored tokens that the model holds for the likeliest.
 
     Args:
@@ -121,7 +129,7 @@ def score(
         "tokens": int(tokens),
     }
     bits = metrics.bits_per_byte(loss, tokens, text)
-    return result if bits is None else {**result, "bits_per_byte": bits}
+    return (result if bits is None else {**result, "bits_per_byte": bits}), None
 
 
 def written(
@@ -168,9 +176,11 @@ def written(
     return {"texts": len(rows), **texts.scores(experiment.eval.scores, *pairs)}, rows
 
 
-def _of_classes(objective: Any, fetched: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns `loss` (nats a text) and the scores of classes, see `scores.classes`."""
+def _of_classes(
+    objective: Any, fetched: list[dict[str, Any]]
+) -> tuple[dict[str, float], np.ndarray]:
+    """Returns `loss` (nats a text) and the scores of classes, and their counts."""
     counts = np.sum([np.rint(s["confusion"]).astype(np.int64) for s in fetched], 0)
     nll = float(np.sum([np.float64(s["nll"]) for s in fetched]))
     found = classes.scores(counts, objective.labels)
-    return {"loss": nll / max(int(counts.sum()), 1), **found}
+    return {"loss": nll / max(int(counts.sum()), 1), **found}, counts

@@ -30,7 +30,6 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.log import Log, due
 from lm.lookout import Lookout
-from lm.nn import attend
 from lm.plan import placement
 from lm.program import STACK
 from lm.stop import Stop
@@ -326,27 +325,15 @@ def _describe(prog: Program) -> str:
     mesh, devices = prog.layout.mesh, jax.devices()
     axes = " x ".join(f"{a} {n}" for a, n in mesh.shape.items() if n > 1)
     count = sum(math.prod(s.shape) for s in prog.shapes.values())
+    attention = placement.attention(prog)
     if prog.staged:
         axes += f"; {_flow(prog)}"
     of = "" if mesh.size == len(devices) else f" of {len(devices)}"
     return (
         f"{prog.experiment.name}: {count / 1e6:.1f} M parameters on {mesh.size}{of} "
-        f"{devices[0].device_kind} ({axes or 'one device'}){_attention(prog)}"
+        f"{devices[0].device_kind} ({axes or 'one device'})"
+        + (f", attention: {attention}" if attention else "")
     )
-
-
-def _attention(prog: Program) -> str:
-    """How attention is computed, in each kind of layer that has it."""
-    model, layout = prog.experiment.model, prog.layout
-    row = attend.Row(
-        layout=layout,
-        length=prog.experiment.data.length,
-        dtype=str(model.compute(layout.platform)),
-        packed=prog.packed,
-    )
-    written = batches.written(prog.experiment.objective, prog.experiment.data)
-    found = dict.fromkeys(model.attends(row, written))
-    return f", attention: {' and '.join(found)}" if found else ""
 
 
 def _flow(prog: Program) -> str:

@@ -212,11 +212,15 @@ def _need_folders() -> None:
         raise ConfigError(
             "--mode=import needs --workdir=DIR, where the model will live"
         )
-    only = {"generate": (_CHAT,), "plan": (_TARGET, _DEPTH, _SEARCH, _PRICE)}
-    for mode, some in only.items():
-        for flag in some:
-            if flag.value != flag.default and _MODE.value != mode:
-                raise ConfigError(f"--{flag.name} is for --mode={mode}")
+    for flag, modes in (
+        *((f, ("generate",)) for f in (_CHAT, _PROMPT)),
+        *((f, ("plan",)) for f in (_TARGET, _DEPTH, _SEARCH, _PRICE)),
+        (_STEP, ("eval", "generate", "export")),
+        (_EXPERIMENT, [m for m in MODES if m != "import"]),
+    ):
+        if flag.value != flag.default and _MODE.value not in modes:
+            named = ", ".join(modes)
+            raise ConfigError(f"--{flag.name} is for --mode={named}, not {_MODE.value}")
 
 
 def _print_config(experiment: Experiment, base: Experiment) -> None:
@@ -347,7 +351,7 @@ def _export(experiment: Experiment, workdir: str, lookout: Lookout) -> int:
     del lookout
     prog, params, coder, _ = _restored(experiment, workdir)
     plain = train.saved(prog, params)
-    work.send_out(experiment, plain, coder, _TO.value, workdir, prog)
+    work.send_out(experiment, plain, coder, _TO.value, workdir, prog, _say)
     return loop.DONE
 
 

@@ -11,6 +11,8 @@ TRAIN = "#7b8794"
 EVALS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182", "#2e4057")  # by set
 SPEED = "#30638e"
 INK = "#333333"
+CELLS = 30  # classes of a confusion matrix up to which cells have room for a count
+PLAIN: Any = {"parse_math": False}  # of text that may hold a $
 SMOOTH = 50  # a curve of more points gets its running mean over 1/SMOOTH of it
 
 
@@ -55,25 +57,25 @@ def confusion(
 ) -> None:
     """Writes a PNG of how many examples of each class (rows) were taken for which (columns).
 
-    A cell's colour is its share of its row, its text the count.
+    A cell's colour is its share of its row, its text (of up to `CELLS` classes) the count.
     """
     from matplotlib import figure  # slow to import, needed once a run
 
-    size = 2.5 + 0.6 * len(names)
+    size = 2.5 + 0.6 * min(len(names), CELLS)
     picture = figure.Figure(figsize=(size, size), dpi=150, layout="constrained")
     axes = picture.subplots()
     shares = [[n / max(sum(row), 1) for n in row] for row in counts]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for y, row in enumerate(counts):
+    for y, row in enumerate(counts if len(names) <= CELLS else ()):
         for x, n in enumerate(row):
             color = "white" if shares[y][x] > 0.5 else INK
             axes.text(x, y, f"{n:,.0f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", **PLAIN)
+    axes.set_yticks(range(len(names)), names, **PLAIN)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, loc="left", color=INK, fontsize=12)
+    axes.set_title(title, loc="left", color=INK, fontsize=12, **PLAIN)
     _write(picture, path)
 
 

@@ -255,6 +255,18 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
     )
 
 
+def varied(prog: Program, experiment: Experiment) -> Program:
+    """Returns the program of an experiment that differs from that of `prog` in nothing but
+    `model.remat`, `train.accumulate`, `pipeline.microbatches` and what does not concern programs.
+
+    Raises:
+        ConfigError: as of `program`.
+    """
+    experiment.fit(prog.layout)
+    structure, _ = _abstract(experiment.model)
+    return dataclasses.replace(prog, experiment=experiment, structure=structure)
+
+
 @functools.lru_cache(maxsize=16)
 def _abstract(model: kinds.Config) -> tuple[Any, dict[str, nnx.Param]]:
     """Returns the model's tree structure and its abstract parameters by path: of no mesh."""

@@ -121,6 +121,7 @@ def test_wrong_use_is_told_in_one_line_and_leaves_nothing(tmp_path, case):
 
 
 TOGETHER = ["--experiment=tiny", "--processes=2"]
+SEARCH = ["--experiment=tiny", "--mode=plan", "--target=h100:8", "--search"]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,15 @@ TOGETHER = ["--experiment=tiny", "--processes=2"]
         (["--experiment=tiny", "--sed=1"], ["'sed'", "set"]),
         (["--experiment=tiny", "generate"], ["'generate'", "--"]),
         (["--experiment=tiny", "--step=two"], ["--step=two"]),
+        (["--experiment=tiny", "--step=3"], ["--step is for --mode=eval", "not train"]),
+        (["--experiment=tiny", "--prompt=a"], ["--prompt is for --mode=generate"]),
+        (
+            ["--experiment=tiny", "--mode=import", "--from=a", "--workdir=b"],
+            ["--experiment is for", "not import"],
+        ),
+        ([*SEARCH, "--depth=modle"], ["--depth=modle", "did you mean 'model'?"]),
+        ([*SEARCH, "--depth=types"], ["--search", "--depth=model"]),
+        ([*SEARCH, "--price_per_chip_hour=nan"], ["--price_per_chip_hour=nan"]),
         (["--mode=eval", "--workdir=/nowhere"], ["/nowhere", "nothing was trained"]),
         (["--experiment=tiny", "--coordinator=a:1"], ["--processes=N"]),
         (["--experiment=tiny", "--processes=2"], ["--processes=2", "--coordinator="]),

@@ -83,6 +83,8 @@ def test_texts_are_classified_by_a_run(kind, tmp_path):
     assert result.code == loop.DONE, result.err
     [score] = runs.records(tmp_path / "run", "eval")
     assert score["accuracy"] == 1 and score["examples"] > 15
+    picture = tmp_path / "run" / "confusion" / f"{score['set']}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 ENCODER = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import toy
 
 from lm import config
 from lm.experiment import load
-from lm.plan import compiling, memory, report, target, topology
+from lm.plan import chips, compiling, memory, report, target, topology
 from lm.program import program
 
 FOUND = report.Compiled(
@@ -117,12 +118,27 @@ def test_a_refusal_is_one_line_with_the_numbers(message):
     assert found.total == pytest.approx(total, rel=1e-9)
 
 
-def test_what_cannot_be_compiled_for_is_refused_before_anything_starts():
+def test_what_cannot_be_compiled_for_is_refused_before_anything_starts(
+    monkeypatch, tmp_path
+):
     chosen = toy.experiment(*EIGHT)
     with toy.refused("--target=cpu:8", "--depth=model"):
         compiling.compiled(chosen, target.read("cpu:8"))
-    with toy.refused("--target=a100:8", "description"):
+    monkeypatch.setattr(topology, "CARDS", tmp_path)
+    with toy.refused("--target=a100:8", "lm/plan/cards/a100.txtpb", "--depth=model"):
         compiling.compiled(chosen, target.read("a100:8"))
+
+
+GPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "gpu"]
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_compiler_knows_every_gpu_as_the_table_does(name):
+    card = topology.CARDS.joinpath(f"{name}.txtpb").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"(memory_bandwidth|device_memory_size): (\d+)", card))
+    chip = chips.CHIPS[name]
+    assert int(stated["memory_bandwidth"]) == pytest.approx(chip.bandwidth, rel=0.05)
+    assert int(stated["device_memory_size"]) == pytest.approx(chip.hbm, rel=0.08)
 
 
 def installed(name):
@@ -136,10 +152,11 @@ def installed(name):
 
 
 @pytest.mark.compile
-def test_a_model_compiled_for_gpus_that_are_not_here(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", GPUS)
+def test_a_model_compiled_for_gpus_that_are_not_here(monkeypatch, tmp_path, name):
     monkeypatch.setenv("LM_CACHE", str(tmp_path))
-    h100 = installed("h100:8")
-    found = compiling.compiled(toy.experiment(*EIGHT), h100)
+    wanted = installed(f"{name}:8")
+    found = compiling.compiled(toy.experiment(*EIGHT), wanted)
     assert not found.refusal and found.total > 0
     assert found.sent["all-reduce over data"] > 0
 

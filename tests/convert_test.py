@@ -102,6 +102,8 @@ def test_what_was_imported_is_exported_byte_for_byte(source, imported, tmp_path)
     out = tmp_path / "out"
     result = main("export", imported, f"--to={out}")
     assert result.code == 0, result.err
+    assert f"tensors as X to {out}" in result.err
+    assert "no tokenizer" not in result.err
     before, after = files.Safetensors(source), files.Safetensors(epath.Path(out))
     assert before.shapes == after.shapes
     assert before.dtypes == after.dtypes
@@ -243,6 +245,18 @@ def test_a_file_that_is_cut_off_is_found(source, tmp_path):
     one.write_bytes(one.read_bytes()[:-10])
     with toy.refused("cut off or damaged"):
         files.Safetensors(folder)
+
+
+def test_json_that_says_something_else_is_named(tmp_path):
+    place = epath.Path(tmp_path)
+    for text in ("[1]", "{", b"\xff"):
+        text = text if isinstance(text, bytes) else text.encode()
+        (place / "config.json").write_bytes(text)
+        with toy.refused("config.json", "JSON object" if text == b"[1]" else "be read"):
+            files.read_json(place / "config.json")
+    (place / files.INDEX).write_text("{}")
+    with toy.refused(files.INDEX, "no weight_map"):
+        files.Safetensors(place)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

@@ -3,9 +3,12 @@
 import jax
 import pytest
 import toy
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 
-from lm import train
-from lm.plan import placement
+from lm import config, experiment, train
+from lm.nn import ffn
+from lm.plan import make, placement, target
 from lm.terminal import size
 
 MESHES = {
@@ -41,3 +44,24 @@ def test_large_copies_are_named_with_their_axis():
     assert "norm" not in line
     assert not placement.copies(toy.program(*wide, "mesh.data=8"))
     assert not placement.copies(toy.program(*wide, "mesh.fsdp=8"))
+
+
+def test_a_plan_says_how_attention_is_computed_and_what_packed_rows_cost():
+    chosen = experiment.load("llama_1b")
+
+    def said(isolate):
+        one = config.override(chosen, [f"data.isolate={isolate}"])
+        prog = train.program(one, target.read("h100:8").layout(one.mesh))
+        return make._attention(prog)
+
+    assert said("true") == ("Attention: blockwise; cudnn with data.isolate=false.",)
+    assert said("false") == ("Attention: cudnn.",)
+
+
+def test_a_sharding_that_does_not_fit_names_the_parameters(monkeypatch):
+    einsum = ffn.einsum
+    wrong = P(None, None, "fsdp")
+    monkeypatch.setattr(ffn, "einsum", lambda *given: reshard(einsum(*given), wrong))
+    prog = toy.program("mesh.fsdp=2", "mesh.tensor=4")
+    with toy.refused("lm/nn/ffn.py:", "with Mlp's up_df, gate_df", "mesh.fsdp=2"):
+        make.checked(prog)

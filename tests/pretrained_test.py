@@ -1,5 +1,7 @@
 """Tokenizers of Hugging Face give text back exactly; chat templates reach nothing else."""
 
+import datetime
+
 import families_hf
 import pytest
 import toy
@@ -56,11 +58,25 @@ def test_a_conversation_is_written_by_the_template(source):
         chat.Chat(tokenizers.ByteTokenizer())
 
 
-def test_a_template_reaches_nothing_of_the_program(source):
-    text = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+def templated(source, text):
     folder = tokenizers.load(pretrained.HuggingFace(path=str(source))).files()
-    coder = pretrained.HuggingFaceTokenizer(
+    return pretrained.HuggingFaceTokenizer(
         {**folder, "chat_template.jinja": text.encode()}
     )
+
+
+def test_a_template_reaches_nothing_of_the_program(source):
+    text = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with toy.refused("--chat", "unsafe"):
-        chat.Chat(coder).prompt("x")
+        chat.Chat(templated(source, text)).prompt("x")
+
+
+def test_a_template_has_what_those_of_transformers_use(source):
+    """The date (gpt-oss), JSON with an indent (Llama 3), and marks of what the model writes."""
+    text = (
+        "{{ strftime_now('%Y') }}{{ {'é': 1} | tojson(indent=1) }}"
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    )
+    coder = chat.Chat(templated(source, text))
+    year = datetime.date.today().year
+    assert coder.decode(coder.prompt("ab")[1:]) == f'{year}{{\n "é": 1\n}}ab'

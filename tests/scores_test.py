@@ -68,8 +68,11 @@ def test_scores_of_classes_by_hand():
     assert classes.scores(np.zeros((2, 2)), ("a", "b"))["macro_f1"] == 0
 
 
-def test_a_confusion_matrix_is_drawn(tmp_path):
-    plot.confusion([[5, 1, 0], [0, 7, 2], [1, 0, 9]], NAMES, tmp_path / "c.png", "test")
+@pytest.mark.parametrize("names", [("$%$", "eggs", "$\\x$"), tuple("a" * 40)])
+def test_a_confusion_matrix_is_drawn(tmp_path, names):
+    """Names are no formulas; of many classes the picture stays of a size."""
+    counts = np.eye(len(names)).tolist()
+    plot.confusion(counts, names, tmp_path / "c.png", "a $ and a $%$")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -84,7 +84,10 @@ def _files(path: epath.Path) -> list[epath.Path]:
         return [path]
     index = path / INDEX
     if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise ConfigError(f"{index} has no weight_map, which names the files")
+        names = sorted(set(named.values()))
         files = [path / name for name in names]
         for file in files:
             if not file.exists():
@@ -97,16 +100,19 @@ def _files(path: epath.Path) -> list[epath.Path]:
     raise ConfigError(f"{path} has neither {SINGLE} nor {INDEX}{hint}")
 
 
-def read_json(path: epath.Path) -> Any:
-    """Returns what a JSON file holds.
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or is no object.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # also text that is not UTF-8
         raise ConfigError(f"{path} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no JSON object, but {str(found)[:40]!r}")
+    return found
 
 
 @dataclasses.dataclass

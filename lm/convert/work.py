@@ -92,8 +92,13 @@ def experiment(path: str, workdir: str) -> Experiment:
             path=f"{where}/tokenizer.model", begin="bos" if begins else "eos"
         )
     else:
+        hint = ""
+        if "spiece.model" in found.tokenizer:
+            hint = (
+                "; AutoTokenizer of transformers saves one of what is in spiece.model"
+            )
         raise ConfigError(
-            f"--from={path}: there is neither a tokenizer.json nor a tokenizer.model"
+            f"--from={path}: there is neither a tokenizer.json nor a tokenizer.model{hint}"
         )
     length = int(found.config.get("max_position_embeddings") or LONGEST)
     length = int(found.config.get("n_positions") or length)
@@ -282,7 +287,7 @@ def _summary(
 
 def send_out(
     experiment: Experiment, params: Any, coder: tokenizers.Tokenizer, to: str,
-    workdir: str, prog: train.Program,
+    workdir: str, prog: train.Program, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Writes safetensors, config.json and tokenizer files into the directory `to`.
 
@@ -319,8 +324,13 @@ def send_out(
     writer.close()
     _write_json(place / "config.json", {"architectures": [family.architecture], **data,
                                         "dtype": usual})  # fmt: skip
-    for name, content in _tokenizer_files(experiment, coder, workdir).items():
+    beside = _tokenizer_files(experiment, coder, workdir)
+    for name, content in beside.items():
         (place / name).write_bytes(content)
+    (kind,) = data.get("architectures", [family.architecture])[:1]
+    say(f"wrote {len(sizes)} tensors as {kind} to {to}")
+    if not {pretrained.MAIN, "tokenizer.model"} & beside.keys():
+        say("there is no tokenizer among the files: transformers has none of this kind")
 
 
 def _tokenizer_files(

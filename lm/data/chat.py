@@ -1,6 +1,7 @@
 """Chat templates: a conversation written as the text that an instruction-tuned model was taught."""
 
 import json
+import time
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
@@ -78,6 +79,7 @@ def template(coder: Tokenizer) -> str | None:
 def _compiled(text: str) -> Any:
     try:
         import jinja2
+        import jinja2.ext
         import jinja2.sandbox
     except ImportError as error:
         raise ConfigError(
@@ -87,11 +89,26 @@ def _compiled(text: str) -> Any:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    class Generation(jinja2.ext.Extension):
+        """Marks what the model writes, for training: here its text alone."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
+    # What templates may use: see "chat templating" in the documentation of transformers.
     environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
+    environment.globals["strftime_now"] = lambda form: time.strftime(form)
+    environment.filters["tojson"] = lambda x, **how: json.dumps(
+        x, **{"ensure_ascii": False, **how}
+    )
     try:
         return environment.from_string(text)
     except jinja2.TemplateError as error:

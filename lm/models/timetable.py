@@ -14,6 +14,7 @@ runs round 0 of a group, then round 1, …, so that the wrapped-round result arr
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -148,6 +149,7 @@ class Timetable:
         return str(m) if self.rounds == 1 else f"{m}{chr(ord('a') + r)}"
 
 
+@functools.lru_cache(maxsize=256)
 def make(schedule: str, stages: int, microbatches: int, rounds: int = 1) -> Timetable:
     """Returns the table of a schedule; `forward` alone (schedule "forward") is for evaluation."""
     P, M, v = stages, microbatches, rounds

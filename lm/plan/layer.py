@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import gathering, gradients, objectives, sharding, train, trees
+from lm import batches, gathering, gradients, objectives, sharding, train, trees
 from lm.models import encoder_decoder, stack
 from lm.models.encoder_decoder import ENCODER, EncoderDecoder
 from lm.nn.blockwise import Tokens
-from lm.plan import jaxprs, local, pairs
+from lm.plan import jaxprs, pairs
 from lm.program import STACK, Program
 
 REPEATS = 2  # layers that are traced: fewer would be no loop
@@ -74,43 +74,10 @@ class Costs:
     head: Cost  # norm, logits and loss, whose forward forms the gradient too
 
 
-def costs(prog: Program, rough: bool = False) -> Costs:
-    """Returns what the parts of a model cost a device, for one microbatch.
-
-    Where it may be `rough`, as for thousands of candidates, costs are read from traces of one and
-    of two rows and grow with the rows, and weights that are stored in shares have two.
-    """
-    count = rows(prog)
-    if not rough:
-        return _costs(prog, count)
-    mesh = prog.layout.mesh.shape
-    shares = {a: min(mesh[a], 2) for a in sharding.GATHERED}
-    prog = dataclasses.replace(prog, layout=_sized(prog.layout, shares))
-    if count <= 2:
-        return _costs(prog, count)
-    return _grown(_costs(prog, 1), _costs(prog, 2), count)
-
-
-def _costs(prog: Program, count: int) -> Costs:
-    trace = _Trace(prog, count)
-    if prog.staged:
-        blocks = [trace.chunk(name) for name in prog.stacks]
-    elif isinstance(prog.experiment.model, EncoderDecoder.Config):
-        blocks = [trace.both()]
-    else:
-        blocks = trace.groups()
-    return Costs(blocks=tuple(blocks), embed=trace.embed(), head=trace.head())
-
-
-def _grown(one: Any, two: Any, count: int) -> Any:
-    """Returns costs of so many rows by those of one and of two: a line through both."""
-    if isinstance(one, tuple):
-        return tuple(_grown(a, b, count) for a, b in zip(one, two, strict=True))
-    if isinstance(one, Cost | Group | Costs):
-        both = {n: (v, getattr(two, n)) for n, v in vars(one).items() if n != "what"}
-        grown = {n: _grown(*pair, count) for n, pair in both.items()}
-        return dataclasses.replace(one, **grown)
-    return type(one)(one + (count - 1) * (two - one))
+def costs(prog: Program) -> Costs:
+    """Returns what the parts of a model cost a device, for one microbatch."""
+    trace = Trace(prog, rows(prog))
+    return Costs(blocks=tuple(trace.blocks()), embed=trace.embed(), head=trace.head())
 
 
 def rows(prog: Program) -> int:
@@ -121,21 +88,16 @@ def rows(prog: Program) -> int:
 
 def stream(prog: Program, name: str = STACK) -> int:
     """Returns the bytes of a microbatch's residual stream on a device, in a stack."""
-    trace = _Trace(prog, rows(prog))
-    return local.size(trace.stream(trace.inner, name))
+    row = batches.row(prog.experiment.objective, prog.experiment.data)
+    tokens = rows(prog) * row["inputs" if name == ENCODER else "tokens"].shape[0]
+    item = prog.experiment.model.compute(prog.layout.platform).itemsize
+    return tokens // prog.layout.size("residual") * prog.experiment.model.dim * item
 
 
-_known: dict[Any, Any] = {}
+_known: dict[Any, Cost] = {}
 
 
-def _once(key: Any, make: Callable[[], Any]) -> Any:
-    """Returns what was made for this key: a search asks for the same layers again and again."""
-    if key not in _known:
-        _known[key] = make()
-    return _known[key]
-
-
-class _Trace:
+class Trace:
     """Traces the parts of a program, on a mesh without replicas: each has the same to do.
 
     A vmap stands for the replicas in the step (`gradients.apart`), and for the stages around a
@@ -155,12 +117,21 @@ class _Trace:
         self.key = (
             *(_repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
             *(self.rows, prog.whole, prog.layout.platform, rules),
-            *(str(ends.layout.mesh.shape), prog.places.shape, prog.places.tobytes()),
         )
 
-    def _once(self, what: str, make: Callable[[], Cost], number: int = 0) -> Cost:
-        """Returns layers' costs, which depend on what the backward computes again."""
-        return _once((what, number, self.remat, *self.key), make)
+    def _once(self, make: Callable[[], Cost], prog: Program, *what: Any) -> Cost:
+        """Returns a part's costs: a search asks for the same ones again and again."""
+        key = (*what, tuple(prog.layout.mesh.shape.values()), *self.key)
+        if key not in _known:
+            _known[key] = make()
+        return _known[key]
+
+    def blocks(self) -> list[Group]:
+        """All layers, as a device runs them."""
+        if self.inner.staged:
+            return [self.chunk(name) for name in self.inner.stacks]
+        two = isinstance(self.model, EncoderDecoder.Config)
+        return [self.both()] if two else self.groups()
 
     def groups(self) -> list[Group]:
         """Layers as they are stacked, of each stack two units one after another."""
@@ -170,7 +141,10 @@ class _Trace:
                 what=pairs.words(unit),
                 count=count,
                 layers=len(unit),
-                cost=self._once("group", functools.partial(self._group, i), i),
+                cost=self._once(
+                    functools.partial(self._group, i),
+                    *(self.inner, "group", i, self.remat),
+                ),
             )
             for i, (count, unit) in enumerate(units)
         ]
@@ -193,10 +167,13 @@ class _Trace:
 
     def chunk(self, name: str) -> Group:
         """The layers of a stack that a stage runs at a time."""
+        places = self.inner.stacks[name].layers
+        key = "chunk", name, self.remat, places.shape, places.tobytes()
         run = functools.partial(self._chunk, name)
-        _, v, n = self.inner.stacks[name].layers.shape
+        made = self._once(run, self.inner, *key)
+        _, v, n = places.shape
         words = pairs.words(self.model.stacks[name])
-        return Group(what=words, count=v, layers=n, cost=self._once(name, run))
+        return Group(what=words, count=v, layers=n, cost=made)
 
     def _chunk(self, name: str) -> Cost:
         prog, params = self.inner, _params(self.inner, None)
@@ -217,19 +194,14 @@ class _Trace:
         given = (params[name], self.stream(prog, name), source)
         blocks = () if ENCODER in prog.stacks else self.model.blocks
         cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
-        return dataclasses.replace(
-            cost,
-            flops_backward=cost.flops_forward + cost.flops_backward,
-            bytes_backward=cost.bytes_forward + cost.bytes_backward,
-            waited_backward=cost.waited_forward + cost.waited_backward,
-        )
+        return again(cost)
 
     def both(self) -> Group:
         """Two stacks with all their layers, and the embedding of what the encoder reads."""
         model = self.model
         assert isinstance(model, EncoderDecoder.Config)
         blocks = (*model.encoder_blocks, *model.blocks)
-        cost = self._once("both", self._both)
+        cost = self._once(self._both, self.ends, "both", self.remat)
         return Group(what="encoder and decoder", count=1, layers=len(blocks), cost=cost)
 
     def _both(self) -> Cost:
@@ -243,7 +215,7 @@ class _Trace:
 
     def embed(self) -> Cost:
         """The embedding, on stages of what is read, too: else it is part of `both`."""
-        return _once(("embed", *self.key), self._embed)
+        return self._once(self._embed, self.ends, "embed", self.inner.staged)
 
     def _embed(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
@@ -263,7 +235,7 @@ class _Trace:
 
     def head(self) -> Cost:
         """The last norm, the logits and the loss."""
-        return _once(("head", *self.key), self._head)
+        return self._once(self._head, self.ends, "head")
 
     def _head(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
@@ -356,6 +328,16 @@ class _Trace:
         )
 
 
+def again(cost: Cost) -> Cost:
+    """Returns the costs of layers whose backward runs their forward again."""
+    return dataclasses.replace(
+        cost,
+        flops_backward=cost.flops_forward + cost.flops_backward,
+        bytes_backward=cost.bytes_forward + cost.bytes_backward,
+        waited_backward=cost.waited_forward + cost.waited_backward,
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _repr(model: Any) -> str:
     """Returns a model's config as text, without what only its layers ask for."""
@@ -364,10 +346,10 @@ def _repr(model: Any) -> str:
 
 def _without(layout: sharding.Layout, axes: set[str]) -> sharding.Layout:
     """Returns the layout on an abstract mesh with one device along these mesh axes."""
-    return _sized(layout, dict.fromkeys(axes, 1))
+    return sized(layout, dict.fromkeys(axes, 1))
 
 
-def _sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
+def sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
     """Returns the layout on an abstract mesh with so many devices along these mesh axes."""
     sizes = {**layout.mesh.shape, **changes}
     types = (AxisType.Explicit,) * len(sizes)

@@ -8,9 +8,13 @@ and times by formulas. compile: the same, and the target's compiler is asked for
 import dataclasses
 import math
 import pathlib
+import re
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from flax import nnx
 
 from lm import gradients, train
 from lm.config import ConfigError, nearest
@@ -57,9 +61,7 @@ def plan(
     Raises:
         ConfigError: an experiment that the target cannot run, or no such depth.
     """
-    if depth not in DEPTHS:
-        hint = nearest(depth, DEPTHS)
-        raise ConfigError(f"--depth={depth}: expected one of {', '.join(DEPTHS)}{hint}")
+    known(depth)
     if depth == "compile":
         topology.check(wanted)
     prog = train.program(experiment, wanted.layout(experiment.mesh))
@@ -94,6 +96,17 @@ def plan(
     return made
 
 
+def known(depth: str) -> None:
+    """Checks that there is such a depth.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if depth not in DEPTHS:
+        hint = nearest(depth, DEPTHS)
+        raise ConfigError(f"--depth={depth}: expected one of {', '.join(DEPTHS)}{hint}")
+
+
 def progress(
     wanted: Target, say: Callable[[str], None], every: float = 10.0
 ) -> Callable[[float], None]:
@@ -123,8 +136,17 @@ def modelled(made: Plan, prog: Program, wanted: Target, price: float | None) -> 
         host=speed.host(prog, wanted, held, reached.tokens_per_second),
         timetable=report.ticks(gradients.table(prog)) if prog.staged else (),
         idle=gradients.table(prog).bubble if prog.staged else 0.0,
-        notes=(*made.notes, *found.notes),
+        notes=(*made.notes, *_attention(prog), *found.notes),
     )
+
+
+def _attention(prog: Program) -> tuple[str, ...]:
+    """How attention is computed, and how it would be if rows were not packed."""
+    if not (here := placement.attention(prog)):
+        return ()
+    apart = placement.attention(prog, packed=False)
+    more = "" if apart == here else f"; {apart} with data.isolate=false"
+    return (f"Attention: {here}{more}.",)
 
 
 def checked(prog: Program) -> None:
@@ -145,8 +167,10 @@ def checked(prog: Program) -> None:
 
 
 def _explained(error: Exception, prog: Program) -> str:
-    """One line: the operation of this project that a sharding does not fit, and why."""
+    """One line: the operation of this project that a sharding does not fit, its parameters, and
+    why."""
     here = pathlib.Path(__file__).parents[1]
+    walked = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
@@ -158,10 +182,24 @@ def _explained(error: Exception, prog: Program) -> str:
     axes = ", ".join(
         f"mesh.{a}={n}"
         for a, n in prog.layout.mesh.shape.items()
-        if n > 1 and f"'{a}'" in why
+        if n > 1 and re.search(rf"['@(]{a}\b", why)
     )
     about = f" (it names {axes})" if axes else ""
-    return f"{where}:{last.lineno}, {last.line}: {why[:400]}{about}"
+    return f"{where}:{last.lineno}, {last.line}{_used(walked)}: {why[:400]}{about}"
+
+
+def _used(frames: Sequence[types.FrameType]) -> str:
+    """Says which parameters the innermost method of a module works with that has any: what an
+    operation was given is one of them, or was made with one."""
+    for frame in reversed(frames):
+        module = frame.f_locals.get("self")
+        if not isinstance(module, nnx.Module):
+            continue
+        used = [n for n in frame.f_code.co_names if hasattr(module, n)]
+        found = [n for n in used if isinstance(getattr(module, n), nnx.Variable)]
+        if found:
+            return f", with {type(module).__name__}'s {', '.join(found)}"
+    return ""
 
 
 def state_only(prog: Program) -> Memory:

@@ -5,7 +5,8 @@ from collections import defaultdict
 
 import jax
 
-from lm import gathering, sharding
+from lm import batches, gathering, sharding
+from lm.nn import attend
 from lm.program import Program
 from lm.terminal import size
 from lm.train import TrainState
@@ -24,6 +25,20 @@ def lines(prog: Program, state: TrainState) -> list[str]:
         whole["weights gathered for a step"] = gathered
     parts = ", ".join(f"{name} {size(n)}" for name, n in whole.items())
     return [f"a device holds: {parts}", *_by_axis(prog), *copies(prog)]
+
+
+def attention(prog: Program, packed: bool | None = None) -> str:
+    """Returns how attention is computed in each kind of layer that has it, "" where none has;
+    `packed` instead of what rows are."""
+    model, layout = prog.experiment.model, prog.layout
+    row = attend.Row(
+        layout=layout,
+        length=prog.experiment.data.length,
+        dtype=str(model.compute(layout.platform)),
+        packed=prog.packed if packed is None else packed,
+    )
+    written = batches.written(prog.experiment.objective, prog.experiment.data)
+    return " and ".join(dict.fromkeys(model.attends(row, written)))
 
 
 def gathered_bytes(prog: Program) -> int:

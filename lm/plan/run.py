@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 
 from etils import epath
@@ -9,7 +10,7 @@ from etils import epath
 from lm import config
 from lm.config import ConfigError
 from lm.experiment import Experiment
-from lm.plan import compiling, make, page, search, target, tell, topology
+from lm.plan import compiling, make, page, search, target, tell, topology, walk
 from lm.plan.report import Candidate, Plan, to_json
 from lm.plan.target import Target
 
@@ -36,10 +37,10 @@ def run(
         ConfigError: an experiment, target or depth that cannot be planned, with the fix.
     """
     wanted = target.read(name or experiment.target)
-    if price is not None and price < 0:
+    if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--price_per_chip_hour={price}: expected 0 or more")
     if searching:
-        _search(experiment, workdir, wanted, depth, say)
+        _search(experiment, workdir, wanted, depth, price, say)
         return
     plan = make.plan(experiment, wanted, depth, changes=changes, price=price, say=say)
     if plan.time is not None:
@@ -58,23 +59,34 @@ def write(plan: Plan, workdir: str) -> None:
 
 
 def _search(
-    experiment: Experiment, workdir: str, wanted: Target, depth: str, say: Say
+    experiment: Experiment,
+    workdir: str,
+    wanted: Target,
+    depth: str,
+    price: float | None,
+    say: Say,
 ) -> None:
-    """Ranks candidates by the model, and asks the compiler about the best where it is there."""
+    """Ranks candidates by the model; at depth compile asks the compiler about the best."""
+    make.known(depth)
+    if depth == "types":
+        raise ConfigError(
+            "--search ranks by --depth=model (or compile, which confirms the best); types knows "
+            "no seconds"
+        )
 
     def progress(done: int, best: float | None) -> None:
         say(
             f"{done} candidates, best step {'none yet' if best is None else f'{best:.3g} s'}"
         )
 
-    found, count = search.search(experiment, wanted, progress)
-    if not found:
-        raise ConfigError(
-            f"--target={wanted.name}: none of {count} candidates fits into "
-            f"{wanted.chip.hbm / 2**30:.0f} GiB a device; use more devices, or a smaller model"
-        )
-    say(f"{count} candidates; of the best, looked at exactly, {len(found)} fit")
-    rows = search.ranked(found[:SHOWN], experiment)
+    result = walk.search(experiment, wanted, progress)
+    say(
+        f"{result.count} candidates, {result.closely} of them looked at closely; of the best, "
+        f"looked at exactly, {len(result.found)} fit"
+    )
+    if not result.found:
+        raise ConfigError(_none(result, wanted))
+    rows = search.ranked(result.found[:SHOWN])
     if depth == "compile":
         topology.check(wanted)
         rows = [
@@ -89,9 +101,23 @@ def _search(
         )
     tell.search(rows)
     best = config.override(experiment, list(rows[0].change))
-    plan = make.plan(best, wanted, changes=rows[0].change)
+    plan = make.plan(best, wanted, changes=rows[0].change, price=price)
     write(dataclasses.replace(plan, found=tuple(rows)), workdir)
     say(f"wrote the plan of the first to {workdir}/plan.json and plan.html")
+
+
+def _none(result: walk.Result, wanted: Target) -> str:
+    """Returns the line that says why nothing was found, with what came nearest."""
+    head = f"--target={wanted.name}: none of {result.count} candidates"
+    if result.nearest is None:
+        return f"{head} can run: {result.refusal or 'no mesh divides train.batch_size'}"
+    near, there = result.nearest, wanted.chip.hbm
+    sets = " ".join(f"--set {s}" for s in near.sets)
+    return (
+        f"{head} fits into {there / 2**30:.0f} GiB a device; the nearest needs "
+        f"{near.bytes / 2**30:.1f} GiB ({sets or 'the experiment as it is'}); use more devices, or "
+        "a smaller model"
+    )
 
 
 def _confirmed(

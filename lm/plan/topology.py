@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: nothing is shared
 }
-CARDS = {"h100": "h100.txtpb"}  # GPUs by what XLA knows of them
+CARDS = importlib.resources.files("lm.plan").joinpath("cards")  # GPUs as XLA knows them
 PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
 
@@ -45,8 +45,7 @@ def described(wanted: Target) -> list[Any]:
         os.environ.setdefault(variable, value)
     if platform == "gpu":
         hosts, gpus = wanted.shape
-        card = importlib.resources.files("lm.plan").joinpath(CARDS[wanted.chip.name])
-        text = card.read_text(encoding="utf-8")
+        text = _card(wanted.chip.name).read_text(encoding="utf-8")
         options = {"topology": f"1x{hosts}x{gpus}", "target_config": text}
         return _described(wanted.name, "cuda", options)
     shape = "x".join(map(str, wanted.shape))
@@ -68,10 +67,10 @@ def check(wanted: Target) -> None:
             f"--target={wanted.name}: a CPU is compiled for by training on it; "
             "--depth=model plans it"
         )
-    if chip.platform == "gpu" and chip.name not in CARDS:
+    if chip.platform == "gpu" and not _card(chip.name).is_file():
         raise ConfigError(
-            f"--target={wanted.name}: compiling for a GPU needs its description, and only "
-            f"{', '.join(CARDS)} has one here; use --depth=model"
+            f"--target={wanted.name}: compiling for a GPU needs its description, and there is no "
+            f"lm/plan/cards/{chip.name}.txtpb; use --depth=model"
         )
     if not any(importlib.util.find_spec(p) for p in PLUGINS[chip.platform]):
         extra = {"tpu": "plan-tpu", "gpu": "plan-gpu"}[chip.platform]
@@ -79,6 +78,10 @@ def check(wanted: Target) -> None:
             f"--target={wanted.name}: {' or '.join(PLUGINS[chip.platform])} is not installed, "
             f"which compiles for it; pip install 'lm[{extra}]', or use --depth=model"
         )
+
+
+def _card(name: str) -> Any:
+    return CARDS.joinpath(f"{name}.txtpb")
 
 
 def _described(name: str, platform: str, options: dict[str, Any]) -> list[Any]:
