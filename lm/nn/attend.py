@@ -141,8 +141,8 @@ class Case:
                 return "einsum"
             if reason := self.obstacle("blockwise"):
                 raise ConfigError(
-                    f"data.length={max(self.queries, self.keys)}: {reason}; use lengths that are "
-                    f"multiples of {32 * self.shards}"
+                    f"data.length={max(self.queries, self.keys)}: {reason}; use a length that is "
+                    f"a multiple of {32 * self.shards}"
                 )
             return "blockwise"
         if (
