@@ -83,6 +83,7 @@ def run(
     *,
     remat: stack.Remat,
     scan: bool,
+    first: int = 0,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns x after the layers of one chunk, and the sum of their aux.
 
@@ -94,8 +95,9 @@ def run(
         side: what else every block gets.
         remat: what to keep for the backward.
         scan: over places of equal kinds.
+        first: number of the stack's first layer, by which layers draw what they drop.
     """
-    place = stack.policy(remat)(functools.partial(_place, places, side))
+    place = stack.policy(remat)(functools.partial(_place, places, side, first))
 
     def unit(x: Array, slices: Any) -> tuple[Array, dict[str, Array]]:
         sums = []
@@ -143,13 +145,18 @@ def _at(blocks: Any, path: str) -> Any:
 
 
 def _place(
-    places: Places, side: Side, x: Array, here: dict[str, Any], index: Array
+    places: Places,
+    side: Side,
+    first: int,
+    x: Array,
+    here: dict[str, Any],
+    index: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """One place: the block of the stack that has layer `index`, or nothing if that is negative."""
     x = checkpoint_name(x, "block")
     mine = [(index == jnp.asarray(places.stacks[path])).any() for path in here]
     block = _either(list(here.values()), mine)
-    y, aux, _ = block(x, side, {"index": index.astype(jnp.uint32)})
+    y, aux, _ = block(x, side, {"index": (first + index).astype(jnp.uint32)})
     there = index >= 0
     y = jnp.where(there, y, x)
     return y, jax.tree.map(lambda a: jnp.where(there, a, 0), aux)

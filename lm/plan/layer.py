@@ -7,7 +7,7 @@ own policy of what the backward computes again: nothing is compiled and no array
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import batches, gathering, gradients, objectives, sharding, train, trees
-from lm.models import stack
-from lm.models.encoder_decoder import EncoderDecoder
+from lm.models import encoder_decoder, stack
+from lm.models.encoder_decoder import ENCODER, EncoderDecoder
 from lm.nn.blockwise import Tokens
 from lm.plan import jaxprs, pairs
 from lm.program import STACK, Program
@@ -64,7 +64,7 @@ class Group:
 class Costs:
     """Of a model's parts.
 
-    Of a pipeline's stage the one group is the chunk of layers that it runs at a time, once for
+    Of a pipeline's stage a group is the chunk of layers of a stack that it runs at a time, once for
     each of its rounds. Its backward runs it forward again, with what `kept` says, and that is
     counted in the backward; from tick to tick a stage keeps the chunk's input only.
     """
@@ -86,12 +86,12 @@ def rows(prog: Program) -> int:
     return prog.experiment.train.batch_size // (parts * prog.layout.size("batch"))
 
 
-def stream(prog: Program) -> int:
-    """Returns the bytes of a microbatch's residual stream on a device."""
-    row = batches.row(prog.experiment.objective, prog.experiment.data)["tokens"]
-    model, tokens = prog.experiment.model, rows(prog) * row.shape[0]
-    item = model.compute(prog.layout.platform).itemsize
-    return tokens // prog.layout.size("residual") * model.dim * item
+def stream(prog: Program, name: str = STACK) -> int:
+    """Returns the bytes of a microbatch's residual stream on a device, in a stack."""
+    row = batches.row(prog.experiment.objective, prog.experiment.data)
+    tokens = rows(prog) * row["inputs" if name == ENCODER else "tokens"].shape[0]
+    item = prog.experiment.model.compute(prog.layout.platform).itemsize
+    return tokens // prog.layout.size("residual") * prog.experiment.model.dim * item
 
 
 _known: dict[Any, Cost] = {}
@@ -128,16 +128,17 @@ class Trace:
 
     def blocks(self) -> list[Group]:
         """All layers, as a device runs them."""
-        if isinstance(self.model, EncoderDecoder.Config):
-            return [self.both()]
-        return [self.chunk()] if self.inner.staged else self.groups()
+        if self.inner.staged:
+            return [self.chunk(name) for name in self.inner.stacks]
+        two = isinstance(self.model, EncoderDecoder.Config)
+        return [self.both()] if two else self.groups()
 
     def groups(self) -> list[Group]:
         """Layers as they are stacked, of each stack two units one after another."""
         units = stack.grouped(self.model.blocks)
         return [
             Group(
-                what=_words(unit),
+                what=pairs.words(unit),
                 count=count,
                 layers=len(unit),
                 cost=self._once(
@@ -164,28 +165,34 @@ class Trace:
         given = (params[STACK], self.stream(prog))
         return self._traced(prog, run, given, (side, some), unit, loop=True)
 
-    def chunk(self) -> Group:
-        """The layers that a stage runs at a time."""
-        blocks = self.model.blocks
-        places = self.inner.places
-        key = "chunk", self.remat, places.shape, places.tobytes()
-        made = self._once(self._chunk, self.inner, *key)
+    def chunk(self, name: str) -> Group:
+        """The layers of a stack that a stage runs at a time."""
+        places = self.inner.stacks[name].layers
+        key = "chunk", name, self.remat, places.shape, places.tobytes()
+        run = functools.partial(self._chunk, name)
+        made = self._once(run, self.inner, *key)
         _, v, n = places.shape
-        return Group(what=_words(blocks), count=v, layers=n, cost=made)
+        words = pairs.words(self.model.stacks[name])
+        return Group(what=words, count=v, layers=n, cost=made)
 
-    def _chunk(self) -> Cost:
+    def _chunk(self, name: str) -> Cost:
         prog, params = self.inner, _params(self.inner, None)
-        side, some = self._side(params), _batch(prog, self.rows)
+        side, some = self._side(params, name), self._batch(prog, name)
+        looks = ENCODER in prog.stacks and name == STACK
+        source = self.stream(prog, ENCODER) if looks else None
 
-        def run(layers: Any, x: Any, side: Any, some: Any) -> Any:
-            model = prog.model({**params, STACK: layers})
-            ids = jnp.arange(prog.places.shape[-1], dtype=jnp.int32)
-            x, aux = model.stage(x, side, prog.chunks, ids)
+        def run(layers: Any, x: Any, source: Any, side: Any, some: Any) -> Any:
+            part = prog.model({**params, name: layers}).part(name)
+            if source is not None:
+                side = encoder_decoder.looking(side, some, source)
+            places = prog.stacks[name]
+            ids = jnp.arange(places.layers.shape[-1], dtype=jnp.int32)
+            x, aux = part.stage(x, side, places, ids)
             loss, sums = objectives.layers(aux, some)
             return (x, jnp.float32(loss)), sums
 
-        given = (params[STACK], self.stream(prog))
-        blocks = self.model.blocks
+        given = (params[name], self.stream(prog, name), source)
+        blocks = () if ENCODER in prog.stacks else self.model.blocks
         cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
         return again(cost)
 
@@ -207,19 +214,24 @@ class Trace:
         return self._traced(prog, run, (params,), (_batch(prog, self.rows),))
 
     def embed(self) -> Cost:
-        """The embedding."""
-        return self._once(self._embed, self.ends, "embed")
+        """The embedding, on stages of what is read, too: else it is part of `both`."""
+        return self._once(self._embed, self.ends, "embed", self.inner.staged)
 
     def _embed(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
-        rest = {k: v for k, v in params.items() if k != STACK}
+        rest = {k: v for k, v in params.items() if k not in prog.stacks}
 
-        def run(rest: Any, some: Any) -> Any:
-            model = prog.model({**params, **rest})
-            keys = gradients.row_keys(prog, some, jnp.int32(0))
-            return model.embed(some["tokens"], some["positions"], keys), None
+        def run(rest: Any, rows: Any) -> Any:
+            found = []
+            for name, some in rows.items():
+                part = prog.model({**params, **rest}).part(name)
+                keys = gradients.row_keys(prog, some, jnp.int32(0))
+                found.append(part.embed(some["tokens"], some["positions"], keys))
+            return found, None
 
-        return self._traced(prog, run, (rest,), (_batch(prog, self.rows),))
+        names = prog.stacks if prog.staged else (STACK,)
+        rows = {name: self._batch(prog, name) for name in names}
+        return self._traced(prog, run, (rest,), (rows,))
 
     def head(self) -> Cost:
         """The last norm, the logits and the loss."""
@@ -237,25 +249,30 @@ class Trace:
         given = (rest, self.stream(prog))
         return self._traced(prog, run, given, (_batch(prog, self.rows),))
 
-    def stream(self, prog: Program) -> jax.ShapeDtypeStruct:
-        """Returns the shapes of the residual stream."""
-        tokens = _batch(prog, self.rows)["tokens"]
+    def stream(self, prog: Program, name: str = STACK) -> jax.ShapeDtypeStruct:
+        """Returns the shapes of the residual stream of a stack."""
+        tokens = self._batch(prog, name)["tokens"]
         dtype = self.model.compute(prog.layout.platform)
         with sharding.use(prog.layout):
             spec = sharding.spec("batch", "residual", None)
         return _shape(prog, (*tokens.shape, self.model.dim), dtype, spec)
 
-    def _side(self, params: Any) -> Any:
-        """The shapes of what every block gets besides the stream."""
+    def _batch(self, prog: Program, name: str) -> Any:
+        """The shapes of the rows that a stack has."""
+        some = _batch(prog, self.rows)
+        return encoder_decoder.rows(some) if name == ENCODER else some
+
+    def _side(self, params: Any, name: str = STACK) -> Any:
+        """The shapes of what every block of a stack gets besides the stream."""
         prog = self.inner
 
         def make(params: Any, some: Any) -> Any:
             keys = gradients.row_keys(prog, some, jnp.int32(0))
             tokens = Tokens(some["positions"], some["segments"])
-            return prog.model(params).side(tokens, keys, prog.packed)
+            return prog.model(params).part(name).side(tokens, keys, prog.packed)
 
         with sharding.use(prog.layout):
-            made = jax.eval_shape(make, params, _batch(prog, self.rows))
+            made = jax.eval_shape(make, params, self._batch(prog, name))
         return jax.tree.map(prog.abstract, made)
 
     def _traced(
@@ -350,7 +367,7 @@ def _params(prog: Program, repeats: int | None) -> Any:
     found = {}
     for path, x in prog.shapes.items():
         shape, spec = x.shape, specs[path]
-        if path.split("/")[0] == STACK:
+        if prog.stacked(path):
             count = repeats or shape[0] // math.prod(prog.places.shape[:2])
             shape, spec = (count, *shape[1:]), P(None, *spec[1:])
         dtype = x.dtype
@@ -363,16 +380,3 @@ def _params(prog: Program, repeats: int | None) -> Any:
 def _shape(prog: Program, shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
     place = NamedSharding(prog.layout.mesh, spec)  # type: ignore[arg-type]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def _words(blocks: Sequence[stack.Block.Config]) -> str:
-    """The kinds of layers there are, in words."""
-    kinds = []
-    for block in blocks:
-        parts = [
-            type(c).__qualname__.split(".")[0] for c in (block.mixer, block.ffn) if c
-        ]
-        window = getattr(block.mixer, "window", None)
-        parts[0] += f" {window}" if window else ""
-        kinds.append(" + ".join(parts))
-    return ", ".join(dict.fromkeys(kinds))

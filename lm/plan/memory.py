@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from lm import gathering, gradients, optim, sharding, train, trees
+from lm.models.encoder_decoder import ENCODER
 from lm.plan import jaxprs, layer, local, placement, report
 from lm.program import STACK, Program
 
@@ -158,10 +159,15 @@ def _kept(prog: Program, costs: layer.Costs) -> dict[str, int]:
         return kept
     table = gradients.table(prog)
     stream = layer.stream(prog)
-    return {
+    kept = {
         "inputs of chunks": table.slots * stream,
         "between stages": (2 + table.head_slots) * stream,
     }
+    if ENCODER in prog.stacks:
+        read = layer.stream(prog, ENCODER)
+        kept["inputs of chunks"] += table.slots * read
+        kept["what is looked at"] = 2 * prog.microbatches * read  # and its gradient
+    return kept
 
 
 def _cast(prog: Program) -> dict[str, int]:

@@ -76,3 +76,16 @@ def _used(prog: Program, blocks: Sequence[stack.Block.Config]) -> float:
         return 1.0
     k, own = sparse[0].top_k, sparse[0].experts // n
     return k / (n * min(k, own))
+
+
+def words(blocks: Sequence[stack.Block.Config]) -> str:
+    """The kinds of layers there are, in words."""
+    kinds = []
+    for block in blocks:
+        parts = [
+            type(c).__qualname__.split(".")[0] for c in (block.mixer, block.ffn) if c
+        ]
+        window = getattr(block.mixer, "window", None)
+        parts[0] += f" {window}" if window else ""
+        kinds.append(" + ".join(parts))
+    return ", ".join(dict.fromkeys(kinds))

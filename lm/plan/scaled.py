@@ -155,7 +155,7 @@ def _on(prog: Program, sizes: dict[str, int]) -> Program:
 
 def _uniform(prog: Program) -> bool:
     """Whether all layers are of one kind, so that a stage's are as many of them."""
-    return prog.staged and len(prog.chunks.stacks) == 1
+    return prog.staged and len(prog.stacks) == len(prog.chunks.stacks) == 1
 
 
 def _blocks(prog: Program, trace: Trace) -> tuple[Group, ...]:
