@@ -139,6 +139,7 @@ class Layout:
     rules: Rules
     platform: str  # "cpu", "gpu" or "tpu"
     mapped: frozenset[str] = frozenset()  # mesh axes that an enclosing vmap stands for
+    chip: str = ""  # a name of lm/plan/chips.py, where a plan is made
 
     def size(self, logical: str) -> int:
         """Returns over how many devices the logical axis is split."""

@@ -69,7 +69,7 @@ def plan(**changes: Any) -> Plan:
         about="Llama 3.1 8B from scratch.",
         target="h100:8x8",
         depth="types",
-        chip=chips.CHIPS["h100"],
+        chip=dataclasses.replace(chips.CHIPS["h100"], hbm=84_929_347_584),
         devices=64,
         hosts=8,
         mesh={"pipe": 4, "data": 2, "fsdp": 1, "seq": 1, "expert": 1, "tensor": 8},

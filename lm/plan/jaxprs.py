@@ -63,7 +63,8 @@ class Unsaid:
     )
     rows: float = 1.0  # share of the room for rows of experts that is in use
     late: bool = False  # gradients of weights are formed when a layer's own is done
-    beside: float = 0.0  # bytes that pass in the time of one operation of a product
+    # Bytes that the chip's memory gives in the time of one operation of a large product.
+    beside: float = 0.0
     through: bool = False  # products do the elementwise work beside them
     copied: bool = (
         False  # what a kernel reads of a loop's arrays is cut out of them first

@@ -116,7 +116,7 @@ class Trace:
         self.remat = e.model.remat
         self.key = (
             *(_repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
-            *(self.rows, prog.whole, prog.layout.platform, rules),
+            *(self.rows, prog.whole, prog.layout.platform, prog.layout.chip, rules),
         )
 
     def _once(self, make: Callable[[], Cost], prog: Program, *what: Any) -> Cost:

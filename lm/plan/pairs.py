@@ -15,13 +15,8 @@ from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
 from lm.nn.latent import Latent
 from lm.nn.moe import Moe
-from lm.plan import jaxprs
+from lm.plan import chips, jaxprs
 from lm.program import Program
-
-# Bytes that a chip's memory gives in the time of one operation of a large product, for want of a
-# chip: between those of the platform's chips in lm/plan/chips.py. A CPU's cores do one or the
-# other.
-BESIDE = {"tpu": 0.005, "gpu": 0.0045, "cpu": 0.0}
 
 
 def unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid:
@@ -30,7 +25,9 @@ def unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid
     rows = _used(prog, blocks)
     # XLA for GPUs puts off what nothing waits for.
     late = prog.layout.platform == "gpu"
-    beside = BESIDE[prog.layout.platform]
+    # A CPU's cores do one or the other.
+    chip = chips.CHIPS.get(prog.layout.chip)
+    beside = 0.0 if chip is None else chip.bandwidth / chip.bf16
     tpu = prog.layout.platform == "tpu"
     how = jaxprs.Unsaid(rows=rows, late=late, beside=beside, through=tpu, copied=tpu)
     if not found:

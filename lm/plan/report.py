@@ -219,7 +219,7 @@ UNITS: dict[type, dict[str, str]] = {
     Chip: {
         **dict.fromkeys(("bf16", "fp8"), "flops_per_second"),
         "int8": "operations_per_second",
-        **dict.fromkeys(("hbm", "host_ram"), "bytes"),
+        **dict.fromkeys(("hbm", "reserved", "host_ram"), "bytes"),
         **dict.fromkeys(("bandwidth", "links", "network"), "bytes_per_second"),
         "largest": "chips",
     },

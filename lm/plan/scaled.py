@@ -122,7 +122,8 @@ def _key(prog: Program, sizes: dict[str, int]) -> Any:
     e = prog.experiment
     places = prog.places.shape if _uniform(prog) else prog.places.tobytes()
     what = e.model, e.objective, e.data.length, e.data.isolate
-    where = tuple(sizes.values()), prog.layout.rules, prog.layout.platform
+    on = prog.layout
+    where = tuple(sizes.values()), on.rules, on.platform, on.chip
     return (*what, *where, prog.whole, places)
 
 

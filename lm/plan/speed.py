@@ -22,7 +22,9 @@ REACH = {"ici": 0.9, "nvlink": 0.8, "dcn": 0.8, "network": 0.8, "memory": 1.0}
 # What the arithmetic of other layers or ticks can pass beside: weights ahead of their use,
 # gradients behind it, keys of the next hop.
 BESIDE = ("weights: layers", "gradients: layers", "keys", "keys: gradients", "stages")
-WORST = 0.8  # of the usual rate of products, in the upper end of the range
+# Of the usual rate of products, in the upper end of the range: so low that the slowest of the
+# published runs lies in it (tests/published_test.py).
+WORST = 0.75
 DISK = 1e9  # bytes a second that a host writes a checkpoint at, as network disks do
 FEED = 5e6  # tokens a second that a host's loader gives
 PROGRAM_RAM = 4 * 2**30  # of a host: Python, XLA and the input

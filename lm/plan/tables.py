@@ -129,6 +129,7 @@ def time_shares(plan: Plan) -> tuple[Share, ...]:
 
 def memory(plan: Plan) -> Table:
     shares, total, has = memory_shares(plan), plan.memory.total, plan.chip.hbm
+    kept = plan.chip.reserved
     rows = [(s.name, size(s.value), _share(s.value / has)) for s in shares]
     sums = {"together": total}
     if plan.compiled is not None:
@@ -140,6 +141,7 @@ def memory(plan: Plan) -> Table:
         title=f"Memory of a device, {'its state' if plan.depth == 'types' else 'at its fullest'}",
         head=("", "bytes", f"of {size(has)}"),
         rows=tuple(rows),
+        note=f"{size(kept)} more are not the program's" if kept else "",
         shares=shares,
         sums=tuple(sums.values()),
         whole=has,

@@ -65,7 +65,8 @@ class Target:
                 f"the mesh {text or 'of one device'} has {count} devices, --target={self.name} has "
                 f"{self.devices}; change an axis, or set one to -1, the rest"
             )
-        return sharding.abstract_layout(config, self.devices, self.chip.platform)
+        made = sharding.abstract_layout(config, self.devices, self.chip.platform)
+        return dataclasses.replace(made, chip=self.chip.name)
 
     def ways(self, sizes: Mapping[str, int]) -> dict[str, tuple[float, str]]:
         """Returns what joins the devices along each mesh axis: bytes a second and the link's name.
