@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import itertools
+import json
 import pathlib
 import random
 
@@ -231,6 +232,21 @@ def test_where_nothing_fits_the_nearest_is_told(tmp_path):
             price=None,
             say=print,
         )
+
+
+def test_where_no_advice_makes_it_fit_the_search_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "advice", lambda *given: ())
+    for sets, notes in ((BIG, [run.NOTHING]), (("mesh.data=2",), [])):
+        run.run(
+            *(toy.experiment(*sets), str(tmp_path), ()),
+            name="h100:2",
+            depth="model",
+            searching=False,
+            price=None,
+            say=print,
+        )
+        said = json.loads((tmp_path / "plan.json").read_text())["notes"]
+        assert [n for n in said if "--search" in n] == notes
 
 
 @pytest.mark.slow
