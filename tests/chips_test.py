@@ -51,6 +51,35 @@ def test_gpus_here_are_measured(monkeypatch, kind, limit, name, peak, hbm):
     assert found.chip.sources["reach"] == found.chip.sources["bandwidth"] == "measured"
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_tpus_here_are_a_slice(monkeypatch, cores):
+    """A virtual machine of eight is one host; cores that are devices of their own are refused."""
+    tpus = [
+        types.SimpleNamespace(
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            coords=(x, y, 0),
+            memory_stats=lambda: None,
+        )
+        for x in range(2)
+        for y in range(4)
+        for _ in range(cores)
+    ]
+    monkeypatch.setattr(jax, "devices", lambda: tpus)
+    monkeypatch.setattr(jax, "local_devices", lambda: tpus)
+    monkeypatch.setattr(jax, "local_device_count", lambda: len(tpus))
+    monkeypatch.setattr(chips, "product_rate", lambda *given: 2e14)
+    monkeypatch.setattr(chips, "copy_rate", lambda *given: 1e12)
+    if cores == 2:
+        with pytest.raises(ValueError, match=r"16 devices are 8 chips.*=v5e:2x4$"):
+            target.read("here")
+        return
+    found = target.read("here")
+    assert (found.name, found.devices, found.hosts) == ("v5e:2x4", 8, 1)
+    assert found.chip.bf16 == 2e14  # faster than the table says
+    assert found.chip.reach == 1.0
+
+
 def test_a_chip_is_measured_on_its_device(monkeypatch):
     """A CPU in the place of another chip: slower than its table says, and with its own memory."""
     monkeypatch.setattr(chips, "LARGE", (256, 256, 256))

@@ -215,7 +215,13 @@ def _here() -> Target:
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     places = [d.coords for d in devices]
     shape = tuple(max(p[i] for p in places) + 1 for i in range(chip.torus))
-    return _named(chip, shape, slices)
+    found = _named(chip, shape, slices)
+    if found.devices != len(devices):
+        raise ConfigError(
+            f"--target=here: {len(devices)} devices are {found.devices} chips, not one each; name "
+            f"them, --target={found.name}"
+        )
+    return found
 
 
 def _named(chip: Chip, shape: tuple[int, ...], slices: int = 1) -> Target:
