@@ -62,4 +62,5 @@ def experiment() -> Experiment:
             ),
         ),
         checkpoint=Checkpoint(every=128, keep=1),
+        target="cpu:1",
     )

@@ -48,4 +48,5 @@ def experiment() -> Experiment:
             ),
         ),
         checkpoint=Checkpoint(every=300),
+        target="cpu:1",
     )

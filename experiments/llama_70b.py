@@ -26,5 +26,5 @@ def experiment() -> Experiment:
         optim=dataclasses.replace(small.optim, learning_rate=1.5e-4),
         mesh=MeshConfig(data=1, fsdp=64, tensor=8, sequence_parallel=True),
         train=Train(steps=335_000, batch_size=512),
-        target="v5p:8x8x8",  # or h100:64x8
+        target="v5p:8x8x8, h100:64x8",
     )

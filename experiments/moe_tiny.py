@@ -16,4 +16,5 @@ def experiment() -> Experiment:
         name="moe_tiny",
         about="seconds on a laptop: tiny with eight experts, two a token",
         model=dataclasses.replace(base.model, ffn=experts),
+        target="cpu:1",
     )

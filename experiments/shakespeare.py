@@ -35,4 +35,5 @@ def experiment() -> Experiment:
         eval=Eval(every=300, batch_size=16, sets=(EvalSet(stride=128),)),
         checkpoint=Checkpoint(every=150),
         generate=Generate(tokens=160, prompts=("HAMLET.\n", "JULIET.\n")),
+        target="cpu:1",
     )

@@ -21,4 +21,5 @@ def experiment() -> Experiment:
             mixer=Lstm.Config(hidden=320),
             vocab_size=2048,
         ),
+        target="cpu:1",
     )

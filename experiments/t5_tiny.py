@@ -36,4 +36,5 @@ def experiment() -> Experiment:
         train=Train(steps=600, batch_size=16),
         eval=Eval(every=200, sets=(EvalSet(batches=16),)),
         checkpoint=Checkpoint(every=300),
+        target="cpu:1",
     )

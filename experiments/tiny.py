@@ -19,4 +19,5 @@ def experiment() -> Experiment:
         eval=Eval(every=0, sets=(EvalSet(batches=8),)),
         checkpoint=Checkpoint(every=20),
         generate=Generate(tokens=32, prompts=("The ",)),
+        target="cpu:1",
     )

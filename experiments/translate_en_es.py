@@ -62,4 +62,5 @@ def experiment() -> Experiment:
             beams=4,
             prompts=("And God said, Let there be light: and there was light.",),
         ),
+        target="cpu:1",
     )

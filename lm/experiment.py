@@ -157,7 +157,8 @@ class Experiment:
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     generate: Generate = Generate()
-    target: str = "cpu:1"  # the devices that it is meant for, see lm/plan/target.py
+    # The devices that it is meant for, see lm/plan/target.py; the first of several counts.
+    target: str = "cpu:1"
 
     def __post_init__(self) -> None:
         positions = self.model.learned

@@ -1,11 +1,14 @@
 """A target's compiler is asked once, in a process of its own, and what goes wrong is one line."""
 
+import concurrent.futures
 import dataclasses
 import json
 import re
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 import toy
 
@@ -53,6 +56,64 @@ def test_what_was_found_is_kept_until_something_changes(child):
     compiling.compiled(other, h100)
     compiling.compiled(chosen, target.read("v5e:2x4"))
     assert asked() == 3
+
+
+def test_two_at_once_both_end_right(child, tmp_path):
+    """Two that race for one find, and one beside them: each is asked and answered for itself."""
+    answers = {"h100:8": FOUND, "v5e:2x4": dataclasses.replace(FOUND, arguments=20)}
+    known = {n: json.dumps(dataclasses.asdict(f)) for n, f in answers.items()}
+    began = tmp_path / "began"
+    asked = child(
+        "import json, os, time; t = json.loads(task)['target']; "
+        f"open({str(began)!r}, 'a').write('x')\n"
+        "end = time.monotonic() + 30\n"
+        f"while os.path.getsize({str(began)!r}) < 3:\n"
+        "    time.sleep(0.01); assert time.monotonic() < end, 'alone'\n"
+        f"print({known!r}[t])"
+    )
+    names = ("h100:8", "h100:8", "v5e:2x4")
+    chosen = toy.experiment(*EIGHT)
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        found = pool.map(lambda n: compiling.compiled(chosen, target.read(n)), names)
+        assert [*found] == [answers[n] for n in names]
+    assert asked() == 3
+    assert len([*tmp_path.glob("compiled/*")]) == 2  # whole, and nothing beside them
+    assert compiling.compiled(chosen, target.read("h100:8")) == FOUND
+    assert asked() == 3
+
+
+def test_the_child_is_told_what_is_here_by_name(child, monkeypatch):
+    """Where it runs there are other devices."""
+    gpu = types.SimpleNamespace(
+        platform="gpu",
+        device_kind="NVIDIA H100 80GB HBM3",
+        memory_stats=lambda: {"bytes_limit": 60 * 10**9},
+    )
+    answer = json.dumps(dataclasses.asdict(FOUND))
+    child(f"print({answer!r}) if 'h100:1x8' in task else exit(task)")
+    with monkeypatch.context() as here:
+        here.setattr(jax, "devices", lambda: [gpu] * 8)
+        here.setattr(jax, "local_devices", lambda: [gpu] * 8)
+        here.setattr(chips, "product_rate", lambda *given: 6e14)
+        here.setattr(chips, "copy_rate", lambda *given: 3e12)
+        wanted = target.read("here")
+    assert compiling.compiled(toy.experiment(*EIGHT), wanted) == FOUND
+
+
+def test_a_chip_of_two_devices_is_refused():
+    with toy.refused("--target=7x:2x2x1", "a chip is two devices", "--depth=model"):
+        topology.devices("7x:2x2x1")
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    "name", ["v4:2x2x1", "v5e:1x1", "v5e:2x4", "v6e:4x4", "2*v5e:16x16"]
+)
+def test_a_compiler_counts_the_devices_and_hosts_of_a_target(name):
+    wanted, found = target.read(name), topology.devices(name)
+    assert len(found) == wanted.devices
+    hosts = {(getattr(d, "slice_index", 0), d.process_index) for d in found}
+    assert len(hosts) == wanted.hosts
 
 
 def test_a_damaged_find_is_made_again(child, tmp_path):

@@ -11,7 +11,7 @@ from plans import FOUND, parts, plan, whole
 from rich.console import Console
 
 from lm.models import timetable
-from lm.plan import report, tell
+from lm.plan import chips, report, tables, tell
 from lm.plan.report import Plan
 
 
@@ -72,7 +72,7 @@ def test_every_number_of_json_has_a_unit_or_needs_none():
     named = re.compile("bytes|seconds|flops|operations|chips")
     for cls in (*report.UNITS, report.Work, report.Speed, report.Tick, Plan):
         hints = typing.get_type_hints(cls)
-        assert set(report.UNITS.get(cls, {})) <= {*hints, "total", "step"}
+        assert set(report.UNITS.get(cls, {})) <= {*hints, "total", "step", "needs"}
         for name, hint in hints.items():
             key = name + report.UNITS.get(cls, {}).get(name, "")
             if hint in (int, float, float | None) and name not in counted:
@@ -225,3 +225,13 @@ def test_a_terminal_without_the_signs_gets_the_numbers(monkeypatch):
     tell.show(plan())
     ascii_only.seek(0)
     assert "mesh pipe 4 ? data 2" in ascii_only.read()
+
+
+def test_what_is_assumed_of_power_and_left_out_of_parameters_is_said():
+    sparse = whole(active=10**9, optimal_tokens=2e10, chip=chips.CHIPS["v5p"])
+    for one, says in ((sparse, True), (whole(), False)):
+        energy = next(r for r in tables.speed(one).rows if r[0] == "energy")
+        assert ("assumed" in energy[2]) == says
+        tokens = tables.tokens(one)
+        assert ("of the parameters that a token meets" in tokens.note) == says
+        assert tokens.rows[-1][2] == "20"  # tokens for each of those

@@ -1,8 +1,11 @@
 """Plans: what they count is what is there, what they advise can be done, what is wrong is said."""
 
+import ast
 import contextlib
 import dataclasses
 import itertools
+import json
+import pathlib
 import random
 
 import pytest
@@ -12,19 +15,31 @@ from jax.sharding import reshard
 
 from lm import config, experiment, train
 from lm.nn import ffn, param
-from lm.plan import choices, make, run, scaled, search, speed, target, walk
+from lm.plan import choices, make, report, run, scaled, search, speed, target, walk
 from lm.plan.report import Transfer
 
 V5P = target.read("v5p:4x4x4")
 
 
-@pytest.mark.parametrize("name", experiment.names())
-def test_every_experiment_is_planned_on_its_target(name):
-    chosen = experiment.load(name)
-    plan = make.plan(chosen, target.read(chosen.target), "model")
+TARGETS = [
+    (name, wanted)
+    for name in experiment.names()
+    for wanted in target.names(experiment.load(name).target)
+]
+
+
+@pytest.mark.parametrize(("name", "wanted"), TARGETS)
+def test_every_experiment_is_planned_on_its_targets(name, wanted):
+    plan = make.plan(experiment.load(name), target.read(wanted), "model")
     assert plan.fits, f"{plan.memory.total:,} of {plan.chip.hbm:,} bytes"
     assert 0 < plan.speed.mfu < 1
     assert plan.time.low <= plan.time.step <= plan.time.high
+
+
+@pytest.mark.parametrize("name", experiment.names())
+def test_every_experiment_names_its_target_itself(name):
+    tree = ast.parse(pathlib.Path(f"experiments/{name}.py").read_text())
+    assert any(isinstance(n, ast.keyword) and n.arg == "target" for n in ast.walk(tree))
 
 
 @pytest.mark.parametrize(
@@ -38,10 +53,11 @@ def test_every_experiment_is_planned_on_its_target(name):
 )
 def test_parameters_are_those_that_are_published(name, total, active):
     chosen = experiment.load(name)
-    prog = train.program(chosen, target.read(chosen.target).layout(chosen.mesh))
-    padding = chosen.model.vocab_rows - chosen.model.vocab_size
-    assert sum(make.parameters(prog).values()) - padding * chosen.model.dim == total
-    assert make.active(prog) - padding * chosen.model.dim == active
+    wanted = target.read(target.names(chosen.target)[0])
+    plan = make.plan(chosen, wanted, "types")
+    assert sum(plan.parameters.values()) == total
+    assert plan.active == active
+    assert plan.optimal_tokens == 20 * active
 
 
 def test_a_sharding_that_does_not_fit_names_operation_and_axis(monkeypatch):
@@ -57,8 +73,13 @@ def test_a_sharding_that_does_not_fit_names_operation_and_axis(monkeypatch):
 
 def test_a_mesh_of_another_size_is_refused():
     chosen = experiment.load("llama_8b")
-    with toy.refused("fsdp 16 x tensor 4", "needs 64 devices, there are 8"):
+    with toy.refused("fsdp 16 x tensor 4", "64 devices, --target=h100:8 has 8; change"):
         make.plan(chosen, target.read("h100:8"), "types")
+    rest = config.override(chosen, ["mesh.fsdp=-1", "mesh.tensor=16"])
+    with toy.refused(
+        "fsdp -1 x tensor 16", "16 devices, --target=h100:8 has 8; change"
+    ):
+        make.plan(rest, target.read("h100:8"), "types")
     with toy.refused("fsdp 16 x tensor 4", "64 devices", "v5p:4x4x8 has 128"):
         make.plan(chosen, target.read("v5p:4x4x8"), "types")
 
@@ -136,6 +157,31 @@ def test_advice_makes_fit_what_does_not():
         assert again.time.step == pytest.approx(change.step)
 
 
+@pytest.mark.parametrize("refusal", ["", "the step needs more than there is"])
+def test_advice_makes_fit_what_the_compiler_finds_too_large(refusal):
+    """The model says that it fits. What the compiler counts more, it may count of all changes."""
+    chosen, wanted = toy.experiment("mesh.data=2"), target.read("h100:2")
+    plan = make.plan(chosen, wanted)
+    more = 0 if refusal else wanted.chip.hbm - plan.memory.total // 2
+    result = report.Compiled(
+        seconds=1.0,
+        arguments=plan.memory.total + more,
+        temporaries=0,
+        output=0,
+        sent={},
+        refusal=refusal,
+    )
+    assert plan.fits
+    plan = dataclasses.replace(plan, compiled=result)
+    assert not plan.fits
+    counted = max(wanted.chip.hbm + 1, result.total) - plan.memory.total
+    found = search.advice(chosen, plan, wanted)
+    assert 1 <= len(found) <= 3
+    for change in found:
+        again = make.plan(config.override(chosen, list(change.change)), wanted)
+        assert change.memory == again.memory.total + counted <= wanted.chip.hbm
+
+
 def _programs(chosen, wanted, some, remats=choices.REMATS):
     """Yields the programs of candidates, but of those that are refused."""
     for choice, remat in itertools.product(some, remats):
@@ -188,9 +234,24 @@ def test_where_nothing_fits_the_nearest_is_told(tmp_path):
         )
 
 
+def test_where_no_advice_makes_it_fit_the_search_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "advice", lambda *given: ())
+    for sets, notes in ((BIG, [run.NOTHING]), (("mesh.data=2",), [])):
+        run.run(
+            *(toy.experiment(*sets), str(tmp_path), ()),
+            name="h100:2",
+            depth="model",
+            searching=False,
+            price=None,
+            say=print,
+        )
+        said = json.loads((tmp_path / "plan.json").read_text())["notes"]
+        assert [n for n in said if "--search" in n] == notes
+
+
 @pytest.mark.slow
 def test_the_shipped_mesh_is_beside_the_best():
     chosen = experiment.load("gpt2_124m")
-    wanted = target.read(chosen.target)
+    wanted = target.read(target.names(chosen.target)[0])
     found = walk.search(chosen, wanted).found
     assert found[0].step <= make.plan(chosen, wanted).time.step < 1.2 * found[0].step

@@ -56,7 +56,7 @@ def parts() -> dict[str, Any]:
         "advice": (
             report.Advice(
                 change=("mesh.tensor=4", "mesh.data=4", "model.remat=(a, b)"),
-                memory=61 * 10**9, step=6.6, effect="halves the exposed transfers",
+                memory=61 * 10**9, step=6.6,
             ),
         ),
     }  # fmt: skip

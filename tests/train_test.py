@@ -304,7 +304,7 @@ def test_no_parameter_is_whole_that_could_be_split(kind):
 def test_every_experiment_fits_its_production_mesh(name):
     """Shapes, shardings and the whole step are checked on as many devices, none of them real."""
     chosen = experiment.load(name)
-    count = target.read(chosen.target).devices
+    count = target.read(target.names(chosen.target)[0]).devices
     for platform in ("tpu", "gpu"):
         prog = train.program(
             chosen, sharding.abstract_layout(chosen.mesh, count, platform)

@@ -1,4 +1,4 @@
-"""Plans every experiment on its target: python tools/plan_all.py [--depth=types|model|compile]."""
+"""Plans every experiment on its targets: python tools/plan_all.py [--depth=types|model|compile]."""
 
 import pathlib
 
@@ -22,15 +22,17 @@ def main(argv: list[str]) -> None:
     wrong = []
     for name in experiment.names():
         chosen = experiment.load(name)
-        try:
-            plan = make.plan(chosen, target.read(chosen.target), _DEPTH.value)
-        except ConfigError as error:
-            wrong.append(f"{name}: {error}")
-            continue
-        table.add_row(*_row(plan))
-        run.write(plan, str(pathlib.Path(_OUT.value) / name))
-        if not plan.fits:
-            wrong.append(f"{name}: does not fit")
+        for i, wanted in enumerate(target.names(chosen.target)):
+            try:
+                plan = make.plan(chosen, target.read(wanted), _DEPTH.value)
+            except ConfigError as error:
+                wrong.append(f"{name}: {error}")
+                continue
+            table.add_row(*_row(plan))
+            folder = name if i == 0 else f"{name}_{wanted.replace(':', '_')}"
+            run.write(plan, str(pathlib.Path(_OUT.value) / folder))
+            if not plan.fits:
+                wrong.append(f"{name}: does not fit {wanted}")
     Console(width=120).print(table)
     for line in wrong:
         print(line)
@@ -38,7 +40,6 @@ def main(argv: list[str]) -> None:
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
-    held = plan.compiled.total if plan.compiled else plan.memory.total
     mesh = " x ".join(f"{a} {n}" for a, n in plan.mesh.items() if n > 1)
     spent = plan.time
     timed = (
@@ -46,7 +47,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
         if spent and plan.speed
         else ("", "", "")
     )
-    share = f"{held / 2**30:.3g} of {plan.chip.hbm / 2**30:.3g} GiB"
+    share = f"{plan.needs / 2**30:.3g} of {plan.chip.hbm / 2**30:.3g} GiB"
     return plan.experiment, plan.target, mesh, share, *timed
 
 

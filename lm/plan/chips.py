@@ -66,13 +66,19 @@ def _memory(there: float, left: float | None = None) -> dict[str, int]:
 # Of TPUs, XLA says how much "available HBM" there is when a program is too large.
 SAID = "said by libtpu 0.0.42"
 TPU = "docs.cloud.google.com/tpu/docs/"
+# Chips of a virtual machine, which is what JAX calls a host; two of them share a board of eight.
+HOSTS = "libtpu's topology has so many chips a process"
 WATTS_7X = "blog.google, Ironwood: nearly 10 MW for a pod of 9216"
 WATTS_V6E = "twice 7x's operations a joule less: blog.google, Ironwood, fp8 peak a watt"
+WATTS_V5P = (
+    "assumed, not published: v4's operations a joule, the chip of the same class"
+)
 WATTS_V5E = "67 % fewer operations a joule than v6e: cloud.google.com/blog, Trillium"
 H100_SHEET = "NVIDIA H100 data sheet, SXM, dense"
 H200_SHEET = "NVIDIA H200 data sheet, SXM, dense"
 A100_SHEET = "NVIDIA A100 data sheet, SXM 80 GB, dense"
 MAMF = "github.com/stas00/ml-engineering, maximum achievable matmul FLOPS"
+NOT_TAKEN = "docs.jax.dev, GPU memory allocation: what JAX does not take"
 ASSUMED = "assumed, not published; tests/published_test.py compares with published runs"
 B200_SHEET = "NVIDIA Blackwell architecture brief, HGX B200, dense"
 
@@ -100,7 +106,7 @@ CHIPS = {
             bf16=197 * TERA, fp8=197 * TERA, int8=393 * TERA,
             reach=0.9, **_memory(16, 15.75), bandwidth=819 * GIGA,
             torus=2, links=200 * GIGA, network=3.125 * GIGA,
-            watts=155, host_chips=8, host_ram=512 * GIB, largest=256,
+            watts=155, host_chips=4, host_ram=192 * 10**9, largest=256,
             sources={
                 "reach": ASSUMED,
                 "bf16 int8 hbm bandwidth torus largest": f"{TPU}v5e",
@@ -109,7 +115,7 @@ CHIPS = {
                 "links": f"{TPU}v5e: 400 GB/s bidirectional",
                 "network": f"{TPU}v6e: hosts of 8 with 2 x 100 Gb/s",
                 "watts": WATTS_V5E,
-                "host_chips host_ram": f"{TPU}v5e",
+                "host_chips host_ram": f"{TPU}v5e: ct5lp-hightpu-4t; {HOSTS}",
             },
         ),
         Chip(
@@ -117,7 +123,7 @@ CHIPS = {
             bf16=459 * TERA, fp8=459 * TERA, int8=918 * TERA,
             reach=0.9, hbm=95 * GIB, bandwidth=2765 * GIGA,
             torus=3, links=600 * GIGA, network=6.25 * GIGA,
-            watts=None, host_chips=4, host_ram=448 * 10**9, largest=6144,
+            watts=320, host_chips=4, host_ram=448 * 10**9, largest=6144,
             sources={
                 "reach": ASSUMED,
                 "bf16 fp8 hbm bandwidth torus largest": f"{TPU}v5p",
@@ -126,7 +132,7 @@ CHIPS = {
                 "links": f"{TPU}v5p: 1200 GB/s bidirectional",
                 "network": f"{TPU}v5p: 50 Gb/s a chip",
                 "host_chips host_ram": f"{TPU}v5p: ct5p-hightpu-4t",
-                "watts": "not published",
+                "watts": WATTS_V5P,
             },
         ),
         Chip(
@@ -134,7 +140,7 @@ CHIPS = {
             bf16=918 * TERA, fp8=918 * TERA, int8=1836 * TERA,
             reach=0.9, **_memory(32, 31.25), bandwidth=1640 * GIGA,
             torus=2, links=400 * GIGA, network=12.5 * GIGA,
-            watts=432, host_chips=8, host_ram=1536 * GIB, largest=256,
+            watts=432, host_chips=4, host_ram=720 * 10**9, largest=256,
             sources={
                 "reach": ASSUMED,
                 "bf16 fp8 int8 hbm bandwidth torus largest": f"{TPU}v6e",
@@ -142,7 +148,7 @@ CHIPS = {
                 "links": f"{TPU}v6e: 800 GB/s bidirectional",
                 "network": f"{TPU}v6e: 100 Gb/s a chip",
                 "watts": WATTS_V6E,
-                "host_chips host_ram": f"{TPU}v6e",
+                "host_chips host_ram": f"{TPU}v6e: ct6e-standard-4t; {HOSTS}",
             },
         ),
         Chip(
@@ -175,6 +181,7 @@ CHIPS = {
                 "fp8": "computed in bf16",
                 "torus links largest": f"{A100_SHEET}: 600 GB/s bidirectional, a switch",
                 "network host_chips host_ram": "NVIDIA DGX A100: 200 Gb/s a GPU, 2 TB",
+                "reserved": NOT_TAKEN,
             },
         ),
         Chip(
@@ -189,6 +196,7 @@ CHIPS = {
                 "hbm": "device_memory_size of lm/plan/cards/h100.txtpb",
                 "torus links largest": f"{H100_SHEET}: 900 GB/s bidirectional, a switch",
                 "network host_chips host_ram": "NVIDIA DGX H100: 400 Gb/s a GPU, 2 TB",
+                "reserved": NOT_TAKEN,
             },
         ),
         Chip(
@@ -202,6 +210,7 @@ CHIPS = {
                 "bf16 fp8 int8 hbm bandwidth watts": H200_SHEET,
                 "torus links largest": f"{H200_SHEET}: 900 GB/s bidirectional, a switch",
                 "network host_chips host_ram": "NVIDIA DGX H200: 400 Gb/s a GPU, 2 TB",
+                "reserved": NOT_TAKEN,
             },
         ),
         Chip(
@@ -216,11 +225,15 @@ CHIPS = {
                 "hbm": "docs.nvidia.com/dgx/dgxb200-user-guide: 1,440 GB for eight",
                 "torus links largest": f"{B200_SHEET}: 1.8 TB/s bidirectional, a switch",
                 "network host_chips host_ram": "NVIDIA DGX B200: 400 Gb/s a GPU, 2 TB",
+                "reserved": NOT_TAKEN,
             },
         ),
     )
 }  # fmt: skip
 SLOWER = {"H100 PCIe": 756 * TERA}  # NVIDIA H100 data sheet, PCIe, dense
+MEASURED = "measured"
+LARGE = (8192, 8192, 8192)  # a product that reaches what a GPU or a TPU can
+LONG = 2**28  # entries of a copy that no cache holds
 
 
 def peak_flops(device: Any, devices: int) -> float | None:
@@ -253,7 +266,7 @@ def cpu(devices: int) -> Chip:
     """
     rate, bandwidth = product_rate() / devices, copy_rate() / devices
     slender = product_rate((2048, 192, 512)) / devices
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = _ram()
     return Chip(
         name="cpu",
         kinds=("cpu",),
@@ -275,16 +288,52 @@ def cpu(devices: int) -> Chip:
     )
 
 
-def product_rate(shape: tuple[int, int, int] = (1024, 1024, 1024)) -> float:
-    """Returns operations a second of the best of a few fp32 products on the CPU."""
+def measured(chip: Chip, device: Any) -> Chip:
+    """Returns the chip as `device` has it: its memory, and the rates that it reaches (seconds).
+
+    Of a kind there are variants with less memory or a lower peak, and no two clocks are the same.
+    """
+    rate = product_rate(LARGE, device, jnp.bfloat16)
+    best = max(peak(device.device_kind) or chip.bf16, rate)
+    stats = device.memory_stats() or {}
+    there = (
+        {"hbm": stats["bytes_limit"], "reserved": 0} if "bytes_limit" in stats else {}
+    )
+    single = {f: why for fields, why in chip.sources.items() for f in fields.split()}
+    found = ("reach", "bandwidth", "host_chips", "host_ram", *there)
+    return dataclasses.replace(
+        chip,
+        bf16=best,
+        reach=rate / best,
+        fp8=chip.fp8 * best / chip.bf16,
+        int8=chip.int8 * best / chip.bf16,
+        bandwidth=copy_rate(LONG, device),
+        host_chips=jax.local_device_count(),
+        host_ram=_ram(),
+        sources={**single, **dict.fromkeys(found, MEASURED)},
+        **there,
+    )
+
+
+def _ram() -> int:
+    """Bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def product_rate(
+    shape: tuple[int, int, int] = (1024, 1024, 1024),
+    device: Any = None,
+    dtype: Any = jnp.float32,
+) -> float:
+    """Returns operations a second of the best of a few products, on the CPU if on no `device`."""
     rows, inner, columns = shape
-    a, b = _ones((rows, inner)), _ones((inner, columns))
-    return 2 * rows * inner * columns / _least(jax.jit(lambda a: a @ b), a)
+    a, b = (_ones(s, device, dtype) for s in ((rows, inner), (inner, columns)))
+    return 2 * rows * inner * columns / _least(jax.jit(jnp.matmul), a, b)
 
 
-def copy_rate(size: int = 2**25) -> float:
-    """Returns bytes a second read and written by the best of a few copies on the CPU."""
-    a, times = _ones((size,)), 4
+def copy_rate(size: int = 2**25, device: Any = None) -> float:
+    """Returns bytes a second read and written by the best of a few copies, as `product_rate`."""
+    a, times = _ones((size,), device), 4
 
     def copies(a: Any) -> Any:
         return jax.lax.fori_loop(0, times, lambda _, a: a + 1, a)
@@ -292,18 +341,18 @@ def copy_rate(size: int = 2**25) -> float:
     return times * 2 * a.nbytes / _least(jax.jit(copies), a)
 
 
-def _ones(shape: tuple[int, ...]) -> Any:
-    device = jax.local_devices(backend="cpu")[0]
-    return jax.device_put(jnp.ones(shape, jnp.float32), device)
+def _ones(shape: tuple[int, ...], device: Any = None, dtype: Any = jnp.float32) -> Any:
+    device = device or jax.local_devices(backend="cpu")[0]
+    return jnp.ones(shape, dtype, device=device)
 
 
-def _least(f: Any, a: Any, rounds: int = 5) -> float:
+def _least(f: Any, *given: Any, rounds: int = 5) -> float:
     """Seconds of the best of a few calls."""
-    f(a).block_until_ready()
-    return min(_seconds(f, a) for _ in range(rounds))
+    f(*given).block_until_ready()
+    return min(_seconds(f, *given) for _ in range(rounds))
 
 
-def _seconds(f: Any, a: Any) -> float:
+def _seconds(f: Any, *given: Any) -> float:
     start = time.perf_counter()
-    f(a).block_until_ready()
+    f(*given).block_until_ready()
     return time.perf_counter() - start

@@ -53,6 +53,7 @@ def compiled(
         ConfigError: nothing here compiles for it, the mesh does not fit it, or compiling failed.
     """
     topology.check(target)
+    targets.read(target.name)  # what the child is told, where these devices are others
     program(experiment, target.layout(experiment.mesh))  # refuse here, not in the child
     path = _path(experiment, target)
     with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: made anew

@@ -66,7 +66,7 @@ def plan(
         topology.check(wanted)
     prog = train.program(experiment, wanted.layout(experiment.mesh))
     checked(prog)
-    mesh, counts = dict(prog.layout.mesh.shape), parameters(prog)
+    mesh, met = dict(prog.layout.mesh.shape), active(prog)
     made = Plan(
         experiment=experiment.name,
         about=experiment.about,
@@ -79,11 +79,11 @@ def plan(
         ways={a: Way(link=w[1], rate=w[0]) for a, w in wanted.ways(mesh).items()},
         slices=wanted.slices,
         changes=changes,
-        parameters=counts,
-        active=active(prog),
+        parameters=parameters(prog),
+        active=met,
         tokens_per_step=speed.tokens_of(prog),
         steps=experiment.train.steps,
-        optimal_tokens=CHINCHILLA * sum(counts.values()),
+        optimal_tokens=CHINCHILLA * met,
         memory=state_only(prog),
         notes=tuple(prog.unused),
     )
@@ -218,7 +218,7 @@ def state_only(prog: Program) -> Memory:
 
 
 def parameters(prog: Program) -> dict[str, int]:
-    """Returns the number of parameters by kind, all devices together."""
+    """Returns the number of parameters by kind, all devices together, without padding."""
     found: dict[str, int] = {}
     for path, count in _real(prog).items():
         words = path.split("/")
@@ -240,10 +240,13 @@ def active(prog: Program) -> int:
 
 
 def _real(prog: Program) -> dict[str, int]:
-    """Entries of each parameter, without the places of a pipeline that have no layer."""
-    found = {}
+    """Entries of each parameter, without the places of a pipeline that have no layer, and without
+    rows of no token."""
+    found, model = {}, prog.experiment.model
     for path, x in prog.shapes.items():
         count = math.prod(x.shape)
+        if "vocab" in prog.axes[path]:
+            count = count * model.vocab_size // model.vocab_rows
         if path.split("/")[0] == "layers":
             rows = prog.rows(path)
             count = count * int((rows >= 0).sum()) // rows.size

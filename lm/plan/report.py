@@ -119,7 +119,6 @@ class Advice:
     change: tuple[str, ...]  # arguments of --set
     memory: int  # bytes on a device with it
     step: float  # seconds
-    effect: str = ""  # in words, beside the numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +191,7 @@ class Plan:
     active: int  # parameters that a token meets
     tokens_per_step: int
     steps: int
-    optimal_tokens: float  # for this many parameters (Hoffmann et al. 2022): 20 each
+    optimal_tokens: float  # for the active parameters (Hoffmann et al. 2022): 20 each
     memory: Memory
     work: Work | None = None
     transfers: tuple[Transfer, ...] = ()
@@ -207,11 +206,15 @@ class Plan:
     notes: tuple[str, ...] = ()  # lines to read
 
     @property
+    def needs(self) -> int:
+        """Bytes on a device, as far as the depth knows; the compiler's count goes first."""
+        return self.memory.total if self.compiled is None else self.compiled.total
+
+    @property
     def fits(self) -> bool:
-        """Whether a device holds it, as far as the depth knows; the compiler's count goes first."""
-        if self.compiled is not None:
-            return not self.compiled.refusal and self.compiled.total <= self.chip.hbm
-        return self.memory.total <= self.chip.hbm
+        """Whether a device holds them, and the compiler does not refuse."""
+        refused = self.compiled is not None and self.compiled.refusal
+        return not refused and self.needs <= self.chip.hbm
 
 
 # What a key of plan.json ends in, where the field's name does not say its unit.
@@ -239,6 +242,7 @@ UNITS: dict[type, dict[str, str]] = {
         ("arguments", "temporaries", "output", "sent", "total"), "bytes"
     ),
     Way: {"rate": "bytes_per_second"},
+    Plan: {"needs": "bytes"},
 }
 
 

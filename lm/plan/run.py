@@ -16,6 +16,7 @@ from lm.plan.target import Target
 
 CONFIRMED = 3  # of the best candidates are compiled
 SHOWN = 10  # rows of the ranked table
+NOTHING = "No change of one or two settings makes it fit; --search looks at all meshes."
 
 Say = Callable[[str], None]
 
@@ -36,7 +37,7 @@ def run(
     Raises:
         ConfigError: an experiment, target or depth that cannot be planned, with the fix.
     """
-    wanted = target.read(name or experiment.target)
+    wanted = target.read(name or target.names(experiment.target)[0])
     if price is not None and not 0 <= price < math.inf:
         raise ConfigError(f"--price_per_chip_hour={price}: expected 0 or more")
     if searching:
@@ -44,7 +45,9 @@ def run(
         return
     plan = make.plan(experiment, wanted, depth, changes=changes, price=price, say=say)
     if plan.time is not None:
-        plan = dataclasses.replace(plan, advice=search.advice(experiment, plan, wanted))
+        found = search.advice(experiment, plan, wanted)
+        more = () if plan.fits or found else (NOTHING,)
+        plan = dataclasses.replace(plan, advice=found, notes=(*plan.notes, *more))
     tell.show(plan)
     write(plan, workdir)
     say(f"wrote {workdir}/plan.json and plan.html")

@@ -95,12 +95,17 @@ def advice(
 ) -> tuple[Advice, ...]:
     """Returns the cheapest changes: those that make it fit, else those that make it faster.
 
-    Changes of one thing; where none of them makes it fit, of two. Looked at roughly first.
+    Changes of one thing; where none of them makes it fit, of two. Looked at roughly first. What the
+    compiler counted more than the model, it is taken to count more of every change.
     """
     assert plan.time is not None, "advice needs the model's depth"
-    layout = wanted.layout(experiment.mesh)
-    ones = list(neighbours(experiment, layout))
-    fits, step = plan.memory.total <= wanted.chip.hbm, plan.time.step
+    ones = list(neighbours(experiment, wanted.layout(experiment.mesh)))
+    fits, step, hbm = plan.fits, plan.time.step, wanted.chip.hbm
+    # A compiler that refuses without a number needs more than there is.
+    needs = plan.needs if fits else max(plan.needs, hbm + 1)
+    more = max(0, needs - plan.memory.total)
+    room = dataclasses.replace(wanted.chip, hbm=hbm - more)
+    wanted = dataclasses.replace(wanted, chip=room)
     found = _tried(experiment, ones, wanted)
     if not fits and not any(f.fits(wanted) for f in found):
         pairs = [a + b for a, b in itertools.combinations(ones, 2) if _apart(a, b)]
@@ -109,7 +114,9 @@ def advice(
     if fits:
         good = [f for f in good if f.step < 0.97 * step]
     good = good[:most]
-    return tuple(Advice(change=f.sets, memory=f.bytes, step=f.step) for f in good)
+    return tuple(
+        Advice(change=f.sets, memory=f.bytes + more, step=f.step) for f in good
+    )
 
 
 def _tried(

@@ -85,7 +85,7 @@ def fit(plan: Plan) -> str:
     compiled, has = plan.compiled, plan.chip.hbm
     if compiled is not None and compiled.refusal:
         return f"Does not fit, says the compiler: {compiled.refusal}."
-    needs = plan.memory.total if compiled is None else compiled.total
+    needs = plan.needs
     if plan.depth == "types" and plan.fits:
         part = f"{needs / has:.0%}"
         return f"The state of training alone is {size(needs)} of a device's {size(has)} ({part})."
@@ -179,7 +179,10 @@ def speed(plan: Plan) -> Table | None:
         ),
     ]
     if s.kwh is not None:
-        rows.append(("energy", f"{human(s.kwh)} kWh", "the chips alone, at full load"))
+        guess = plan.chip.sources.get("watts", "").startswith("assumed")
+        more = ", whose power is assumed" if guess else ""
+        about = f"the chips alone, at full load{more}"
+        rows.append(("energy", f"{human(s.kwh)} kWh", about))
     if s.price is not None:
         rows.append(
             ("price", f"{s.price:,.0f}", "in the currency of --price_per_chip_hour")
@@ -240,9 +243,11 @@ def parameters(plan: Plan) -> Table:
 
 def tokens(plan: Plan) -> Table:
     planned = plan.steps * plan.tokens_per_step
+    sparse = plan.active < sum(plan.parameters.values())
+    of = "; of the parameters that a token meets" if sparse else ""
     return Table(
         title="Tokens",
-        head=("", "tokens", "a parameter"),
+        head=("", "tokens", "a parameter" + (", active" if sparse else "")),
         rows=(
             ("a step", human(plan.tokens_per_step), ""),
             ("planned", human(planned), _each(planned, plan)),
@@ -253,7 +258,7 @@ def tokens(plan: Plan) -> Table:
             ),
         ),
         note=f"planned: {planned / plan.optimal_tokens:.2g} times the compute-optimal number "
-        "(Hoffmann et al. 2022)",
+        f"(Hoffmann et al. 2022{of})",
     )
 
 
@@ -324,11 +329,11 @@ def best(found: Sequence[Candidate]) -> list[Candidate]:
 def advice(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yields each change to paste, and what it does."""
     for a in plan.advice:
-        said = f"memory {size(plan.memory.total)} → {size(a.memory)}"
+        said = f"memory {size(plan.needs)} → {size(a.memory)}"
         if plan.time is not None:
             change = f"{a.step / plan.time.step - 1:+.0%}"
             said += f", step {duration(plan.time.step)} → {duration(a.step)} ({change})"
-        yield sets(a.change), f"{said}: {a.effect}" if a.effect else said
+        yield sets(a.change), said
 
 
 def _sent(received: float, seconds: float, hidden: float) -> tuple[str, str, str]:
@@ -344,7 +349,7 @@ def _flops(name: str, causal: float, full: float) -> tuple[str, str, str]:
 
 
 def _each(tokens: float, plan: Plan) -> str:
-    return f"{tokens / sum(plan.parameters.values()):.3g}"
+    return f"{tokens / plan.active:.3g}"
 
 
 def _share(part: float) -> str:

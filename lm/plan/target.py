@@ -55,16 +55,18 @@ class Target:
                 f"--target={self.name}: {self.slices} slices, but mesh.slices={config.slices}; "
                 f"set mesh.slices={self.slices} and an axis for them, mesh.slice_axis"
             )
+        sizes = config.sizes()
+        known = math.prod(n for n in sizes.values() if n != -1)
+        if known > self.devices or (known < self.devices and -1 not in sizes.values()):
+            text = " x ".join(f"{a} {n}" for a, n in sizes.items() if n != 1)
+            raise ConfigError(
+                f"the mesh {text or 'of one device'} needs {known} devices, --target={self.name} "
+                f"has {self.devices}; change an axis, or set one to -1, the rest"
+            )
         try:
-            chosen = config.resolve(self.devices).sizes()
+            config.resolve(self.devices)
         except ConfigError as error:
             raise ConfigError(f"--target={self.name}: {error}") from error
-        if (count := math.prod(chosen.values())) != self.devices:
-            text = " x ".join(f"{a} {n}" for a, n in chosen.items() if n > 1)
-            raise ConfigError(
-                f"the mesh {text or 'of one device'} has {count} devices, --target={self.name} has "
-                f"{self.devices}; change an axis, or set one to -1, the rest"
-            )
         made = sharding.abstract_layout(config, self.devices, self.chip.platform)
         return dataclasses.replace(made, chip=self.chip.name)
 
@@ -126,6 +128,18 @@ def _subsets(dims: list[int]) -> list[tuple[int, ...]]:
     return [c for k in sizes for c in itertools.combinations(dims, k)]
 
 
+def names(several: str) -> list[str]:
+    """Returns the names in 'v5p:8x8x8, h100:64x8', the first of which counts if one is asked for.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = re.split(r"[,\s]+", several.strip(", "))
+    if not all(found):
+        raise ConfigError(f"target={several!r}: expected {FORMS}, or several of them")
+    return found
+
+
 def read(name: str) -> Target:
     """Returns the target of that name.
 
@@ -183,21 +197,35 @@ def _tpus(name: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> Target:
 
 
 def _here() -> Target:
-    """The devices of this process, all of one kind."""
+    """The devices of this process, all of one kind, measured; its name is what others know them by:
+    a compiler in a process of its own has other devices here."""
     devices = jax.devices()
     platform = sharding.platform(devices[0])
     if platform == "cpu":
-        return Target(name="here", chip=chips.cpu(len(devices)), shape=(len(devices),))
+        return read(f"cpu:{len(devices)}")
     chip = chips.known(devices[0].device_kind)
     if chip is None:
         raise ConfigError(
             f"--target=here: {devices[0].device_kind} has no row in lm/plan/chips.py; there are "
             f"{', '.join(chips.CHIPS)}"
         )
+    chip = chips.measured(chip, jax.local_devices()[0])
     if platform == "gpu":
         hosts = jax.process_count()
-        return Target(name="here", chip=chip, shape=(hosts, len(devices) // hosts))
+        return _named(chip, (hosts, len(devices) // hosts))
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     places = [d.coords for d in devices]
     shape = tuple(max(p[i] for p in places) + 1 for i in range(chip.torus))
-    return Target(name="here", chip=chip, shape=shape, slices=slices)
+    found = _named(chip, shape, slices)
+    if found.devices != len(devices):
+        raise ConfigError(
+            f"--target=here: {len(devices)} devices are {found.devices} chips, not one each; name "
+            f"them, --target={found.name}"
+        )
+    return found
+
+
+def _named(chip: Chip, shape: tuple[int, ...], slices: int = 1) -> Target:
+    many = f"{slices}*" if slices > 1 else ""
+    name = f"{many}{chip.name}:{'x'.join(map(str, shape))}"
+    return Target(name=name, chip=chip, shape=shape, slices=slices)

@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: nothing is shared
 }
 CARDS = importlib.resources.files("lm.plan").joinpath("cards")  # GPUs as XLA knows them
+APART = ("7x",)  # chips whose two cores cannot be one device
 PLUGINS = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
 
 
@@ -50,9 +51,14 @@ def described(wanted: Target) -> list[Any]:
         return _described(wanted.name, "cuda", options)
     shape = "x".join(map(str, wanted.shape))
     options = {"topology_name": f"{wanted.chip.name}:{shape}"}
+    more: dict[str, Any] = {}
     if wanted.slices > 1:
-        options["num_slices"] = wanted.slices  # type: ignore[assignment]
-    return _described(wanted.name, "tpu", options)
+        more["num_slices"] = wanted.slices
+    if wanted.chip.name == "v4":
+        more["chip_config_name"] = "megacore"  # both cores one device, as JAX runs them
+    if wanted.devices == 1:
+        more["chips_per_host_bounds"] = (1, 1, 1)
+    return _described(wanted.name, "tpu", {**options, **more})
 
 
 def check(wanted: Target) -> None:
@@ -71,6 +77,11 @@ def check(wanted: Target) -> None:
         raise ConfigError(
             f"--target={wanted.name}: compiling for a GPU needs its description, and there is no "
             f"lm/plan/cards/{chip.name}.txtpb; use --depth=model"
+        )
+    if chip.name in APART:
+        raise ConfigError(
+            f"--target={wanted.name}: to its compiler a chip is two devices, and the plan counts "
+            "chips; use --depth=model"
         )
     if not any(importlib.util.find_spec(p) for p in PLUGINS[chip.platform]):
         extra = {"tpu": "plan-tpu", "gpu": "plan-gpu"}[chip.platform]

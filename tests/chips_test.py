@@ -1,0 +1,104 @@
+"""Chips are data: every number has a source, and what is here is measured."""
+
+import dataclasses
+import types
+
+import jax
+import pytest
+
+from lm.plan import chips, target
+
+NUMBERS = {f.name for f in dataclasses.fields(chips.Chip)} - {
+    *("name", "kinds", "platform", "sources")
+}
+
+
+@pytest.mark.parametrize("chip", [*chips.CHIPS.values()], ids=lambda chip: chip.name)
+def test_every_number_of_a_chip_has_a_source(chip):
+    named = [field for fields in chip.sources for field in fields.split()]
+    assert len(named) == len(set(named))
+    assert set(named) | ({"reserved"} if not chip.reserved else set()) == NUMBERS
+    assert all(chip.sources.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "name", "peak", "hbm"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 30 * 10**9, "a100:1x2", 312e12, 30 * 10**9),
+        ("NVIDIA H100 PCIe", None, "h100:1x2", 756e12, chips.CHIPS["h100"].hbm),
+    ],
+)
+def test_gpus_here_are_measured(monkeypatch, kind, limit, name, peak, hbm):
+    stats = None if limit is None else {"bytes_limit": limit}
+    gpu = types.SimpleNamespace(
+        platform="gpu", device_kind=kind, memory_stats=lambda: stats
+    )
+    asked = []
+    monkeypatch.setattr(jax, "devices", lambda: [gpu, gpu])
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu, gpu])
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(
+        chips, "product_rate", lambda shape, on, dtype: asked.append(on) or 2e14
+    )
+    monkeypatch.setattr(chips, "copy_rate", lambda size, on: asked.append(on) or 1e12)
+    found = target.read("here")
+    assert (found.name, found.devices, found.hosts) == (name, 2, 1)
+    assert (found.chip.bf16, found.chip.hbm) == (peak, hbm)
+    assert found.chip.reach == 2e14 / peak
+    assert found.chip.int8 == pytest.approx(2 * peak, rel=0.01)
+    assert found.chip.bandwidth == 1e12
+    assert asked == [gpu, gpu]
+    assert found.chip.sources["reach"] == found.chip.sources["bandwidth"] == "measured"
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_tpus_here_are_a_slice(monkeypatch, cores):
+    """A virtual machine of eight is one host; cores that are devices of their own are refused."""
+    tpus = [
+        types.SimpleNamespace(
+            platform="tpu",
+            device_kind="TPU v5 lite",
+            coords=(x, y, 0),
+            memory_stats=lambda: None,
+        )
+        for x in range(2)
+        for y in range(4)
+        for _ in range(cores)
+    ]
+    monkeypatch.setattr(jax, "devices", lambda: tpus)
+    monkeypatch.setattr(jax, "local_devices", lambda: tpus)
+    monkeypatch.setattr(jax, "local_device_count", lambda: len(tpus))
+    monkeypatch.setattr(chips, "product_rate", lambda *given: 2e14)
+    monkeypatch.setattr(chips, "copy_rate", lambda *given: 1e12)
+    if cores == 2:
+        with pytest.raises(ValueError, match=r"16 devices are 8 chips.*=v5e:2x4$"):
+            target.read("here")
+        return
+    found = target.read("here")
+    assert (found.name, found.devices, found.hosts) == ("v5e:2x4", 8, 1)
+    assert found.chip.bf16 == 2e14  # faster than the table says
+    assert found.chip.reach == 1.0
+
+
+def test_a_chip_is_measured_on_its_device(monkeypatch):
+    """A CPU in the place of another chip: slower than its table says, and with its own memory."""
+    monkeypatch.setattr(chips, "LARGE", (256, 256, 256))
+    monkeypatch.setattr(chips, "LONG", 2**20)
+    found = chips.measured(chips.CHIPS["v5e"], jax.devices()[0])
+    assert 0 < found.reach < 1
+    assert found.bf16 == chips.CHIPS["v5e"].bf16
+    assert 0 < found.bandwidth < 1e12
+    assert found.host_chips == 8
+
+
+def test_the_cpu_here_is_named_by_its_devices():
+    found = target.read("here")
+    assert (found.name, found.devices, found.hosts) == ("cpu:8", 8, 1)
+    assert found.chip.bf16 > 0
+
+
+def test_several_targets_are_named_in_one_line():
+    assert target.names("v5p:8x8x8, h100:64x8") == ["v5p:8x8x8", "h100:64x8"]
+    assert target.names("cpu:1") == ["cpu:1"]
+    with pytest.raises(ValueError, match="expected v5p:4x4x4"):
+        target.names(" ")
