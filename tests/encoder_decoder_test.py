@@ -37,7 +37,7 @@ KINDS = {
         *("model.norm=LayerNorm", "model.ffn.activation=relu", "model.ffn.bias=true"),
         *("model.embed_scale=5.656854249492381", "objective.label_smoothing=0.1"),
         *("model.attention.bias=true", "model.attention.out_bias=true"),
-        "model.head_scale=0.5",
+        *("model.head_scale=0.5", "model.head_shift=true"),
     ],
 }  # fmt: skip
 MESHES = {
