@@ -298,7 +298,7 @@ def write_tokenizer(folder):
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "</s>",
-        "bos_token": {"content": "<s>"},
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))

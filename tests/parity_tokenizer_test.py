@@ -7,6 +7,7 @@ import io
 import shutil
 
 import families_hf
+import numpy as np
 import parity_test
 import pytest
 import runs
@@ -35,8 +36,9 @@ def test_tokenizers_that_are_exported_are_what_transformers_reads(tmp_path, name
         families_hf.write_tokenizer(tmp_path)
         coder = tokenizers.load(pretrained.HuggingFace(path=str(tmp_path)))
     else:
+        letters = np.random.default_rng(0).choice(list("abcd  \n,"), 3000)
         chosen = tokenizers.SentencePiece(model_type=kind, character_coverage=1.0)
-        coder = tokenizers.train(chosen, 300, ["a cab, a dab: a bad dad\n  bcd " * 40])
+        coder = tokenizers.train(chosen, 300, ["".join(letters)])
     out, lines = tmp_path / "out", []
     work.send_out(
         *(one.prog.experiment, one.params, coder, str(out), "", one.prog, lines.append)

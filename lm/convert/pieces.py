@@ -24,7 +24,8 @@ def files(coder: SentencePieceTokenizer, ends: bool) -> dict[str, bytes]:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    model: Any = sentencepiece_model_pb2.ModelProto.FromString(coder.model)
+    protos: Any = sentencepiece_model_pb2
+    model = protos.ModelProto.FromString(coder.model)
     unknown, pieces = model.trainer_spec.unk_id, model.pieces
     mark, names = pieces[coder.eot].piece, [p.piece for p in pieces]
     plain = {
