@@ -327,11 +327,8 @@ def _name(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     if len(_options(hint)) > 1:
         return " or ".join(_name(o) for o in _options(hint))
-    if typing.get_origin(hint) is tuple:
-        *first, last = typing.get_args(hint)
-        if last is Ellipsis:
-            return f"{_name(first[0])}, or several with commas between"
-        return f"({', '.join(map(_name, (*first, last)))})"
+    if typing.get_origin(hint) is tuple and _choices(hint):
+        return f"{_name(typing.get_args(hint)[0])}, or several with commas between"
     if hint in (None, type(None)):
         return "none"
     name = kind(hint) if isinstance(hint, type) else str(hint)
