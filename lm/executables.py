@@ -15,7 +15,7 @@ import pathlib
 import pickle
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -125,11 +125,13 @@ def _instructions() -> str:
 
 
 @functools.cache
-def source() -> str:
-    """Returns a hash of the package's code."""
+def source(but: Collection[str] = ()) -> str:
+    """Returns a hash of the package's code, without these files."""
     root, digest = pathlib.Path(__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+        name = path.relative_to(root).as_posix()
+        if name not in but:
+            digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -193,6 +193,12 @@ class Experiment:
                 f"model.vocab_size={self.model.vocab_size}: the byte tokenizer has 257 tokens"
                 f"{ids}; set model.vocab_size={size}"
             )
+        window = getattr(getattr(self.model, "mixer", None), "window", None) or 0
+        if window > self.data.length:
+            raise ConfigError(
+                f"model.mixer.window={window}: rows have data.length={self.data.length} tokens; "
+                f"set model.mixer.window={self.data.length} or lower, or none"
+            )
         schedules.rate(self.optim.schedule, self.optim.learning_rate, self.train.steps)
         for size in self.train.batch_sizes():
             if size % self.train.accumulate:
@@ -273,38 +279,31 @@ class Experiment:
         """Checks what an encoder beside a decoder can be split over."""
         if not isinstance(self.model, EncoderDecoder.Config):
             return
-        for axis, logical in (("pipe", "layers"), ("seq", "length")):
-            if (devices := layout.size(logical)) > 1:
-                raise ConfigError(
-                    f"mesh.{axis}={devices}: model=EncoderDecoder has two stacks over rows of two "
-                    f"lengths, which mesh.{axis} does not split; set mesh.{axis}=1 and use "
-                    "mesh.data, fsdp or tensor"
-                )
-        parts, length = (
-            layout.size("residual"),
-            batches.written(self.objective, self.data),
-        )
+        if layout.size("layers") > 1 and self.pipeline.schedule != "gpipe":
+            raise ConfigError(
+                f"pipeline.schedule={self.pipeline.schedule}: model=EncoderDecoder has two stacks, "
+                "and no backward begins before both are through with all microbatches; set "
+                "pipeline.schedule=gpipe"
+            )
+        length, parts = batches.written(self.objective, self.data), _parts(layout)
         if length % parts:
+            axes = ", ".join(
+                f"mesh.{a}={layout.mesh.shape[a]}" for a in layout.axes("residual")
+            )
             raise ConfigError(
                 f"objective={kind(type(self.objective))} has targets of {length} tokens, which "
-                f"mesh.sequence_parallel does not split over mesh.tensor={parts} devices; set "
-                "mesh.sequence_parallel=false, or another length"
+                f"is not divisible by {parts} ({axes}); use a length that is, or set mesh.seq=1 "
+                "and mesh.sequence_parallel=false"
             )
 
     def _fit_length(self, layout: sharding.Layout) -> None:
         """Checks that rows split over the mesh; context parallelism needs two chunks a device."""
-        T, shards, parts = (
-            self.data.length,
-            layout.size("length"),
-            layout.size("residual"),
-        )
+        T, shards, parts = self.data.length, layout.size("length"), _parts(layout)
         if shards > 1 and isinstance(self.model, Recurrent.Config):
             raise ConfigError(
                 f"mesh.seq={shards}: a recurrent layer reads a row from beginning to end, so "
                 "devices cannot share one; set mesh.seq=1 and use mesh.data, fsdp or tensor"
             )
-        if shards > 1:
-            parts = math.lcm(2 * shards, parts)
         if T % parts:
             near = sorted({max(T // parts, 1) * parts, -(-T // parts) * parts})
             axes = " x ".join(
@@ -315,6 +314,12 @@ class Experiment:
                 f"data.length={T} is not divisible by {parts} ({axes}; {why}); set data.length to "
                 f"{' or '.join(map(str, near))}"
             )
+
+
+def _parts(layout: sharding.Layout) -> int:
+    """Returns into how many equal parts rows fall; two chunks for each device of a split length."""
+    shards, parts = layout.size("length"), layout.size("residual")
+    return math.lcm(2 * shards, parts) if shards > 1 else parts
 
 
 def _nearest(values: list[int], wanted: int) -> list[int]:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from lm import sharding, trees
 from lm.nn import manual
-from lm.program import STACK, Params, Program
+from lm.program import Params, Program
 
 
 def dtypes(prog: Program, path: str) -> tuple[jnp.dtype, jnp.dtype]:
@@ -28,7 +28,7 @@ def dtypes(prog: Program, path: str) -> tuple[jnp.dtype, jnp.dtype]:
     if "choice" in prog.axes[path]:
         return single, single
     compute = prog.experiment.model.compute(prog.layout.platform)
-    return compute, compute if path.split("/")[0] == STACK else single
+    return compute, compute if prog.stacked(path) else single
 
 
 def whole(prog: Program, params: Params) -> Params:

@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 from jaxtyping import Array
 
 from lm import gathering, objectives, sharding
 from lm.batches import Objective
-from lm.models import pipeline, timetable
+from lm.models import encoder_decoder, pipeline, stack, stages, timetable
+from lm.models.encoder_decoder import ENCODER
 from lm.nn.blockwise import Tokens
 from lm.nn.layers import dropout_keys
 from lm.program import STACK, Params, Program
@@ -180,52 +182,123 @@ def _staged(
     forward: bool = False,
     poison: bool = False,
 ) -> tuple[Sums, Params]:
-    """Returns the sums and the gradient of microbatches [M, b, ...] through the stages."""
+    """Returns the sums and the gradient of microbatches [M, b, ...] through the stages.
+
+    Of two stacks, the one that reads goes forward first, with all microbatches, and back last.
+    """
+    given = _Given(prog, params, step, count, forward, poison)
+    if ENCODER not in prog.stacks:
+        loss, sums, grads = pipeline.run(_flow(given, STACK, batches))
+        sums = {**sums, "loss": loss}
+        return sums, {} if grads is None else _joined(prog, *grads[:2])
+    reads = _flow(given, ENCODER, encoder_decoder.rows(batches))
+    outs, kept = pipeline.forward(reads)
+    source, vjp = jax.vjp(functools.partial(_looked_at, given), reads.rest, outs)
+    loss, sums, grads = pipeline.run(_flow(given, STACK, batches, source))
+    sums = stack.add([{**sums, "loss": loss}, {**kept["sums"], "loss": kept["loss"]}])
+    if grads is None:
+        return sums, {}
+    d_rest, d_stack, d_source = grads
+    more, d_outs = vjp(d_source)
+    d_rest = jax.tree.map(jnp.add, d_rest, more)
+    d_rest, d_reader = pipeline.backward(reads, kept, d_outs, d_rest)
+    return sums, _joined(prog, d_rest, d_stack, d_reader)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What stacks on stages have in common."""
+
+    prog: Program
+    params: Params
+    step: Array
+    count: Array
+    forward: bool
+    poison: bool
+
+    def part(self, name: str, changes: Params) -> Any:
+        """Returns a part of the model, with other values of parameters."""
+        return self.prog.model({**self.params, **changes}).part(name)
+
+
+def _flow(
+    given: _Given, name: str, batches: objectives.Batch, source: Array | None = None
+) -> pipeline.Flow:
+    """Returns the way of microbatches [M, b, ...] through a stack."""
+    prog, params = given.prog, given.params
 
     def embed(rest: Params, batch: objectives.Batch) -> Array:
-        model = prog.model({**params, **rest})
-        keys = row_keys(prog, batch, step)
-        return model.embed(batch["tokens"], batch["positions"], keys)
+        keys = row_keys(prog, batch, given.step)
+        return given.part(name, rest).embed(batch["tokens"], batch["positions"], keys)
 
-    def stage(chunk: Any, x: Array, batch: objectives.Batch, ids: Array) -> Any:
-        model = prog.model({**params, STACK: chunk})
+    def stage(chunk: Any, x: Array, batch: objectives.Batch, source: Any, ids: Any):
+        part = given.part(name, chunk)
         tokens = Tokens(batch["positions"], batch["segments"])
-        side = model.side(tokens, row_keys(prog, batch, step), prog.packed)
-        x, aux = model.stage(x, side, prog.chunks, ids)
+        side = part.side(tokens, row_keys(prog, batch, given.step), prog.packed)
+        if source is not None:
+            side = encoder_decoder.looking(side, batch, source)
+        x, aux = part.stage(x, side, prog.stacks[name], ids)
         loss, sums = objectives.layers(aux, batch)
-        return x, jnp.float32(loss) / count, sums
+        return x, jnp.float32(loss) / given.count, sums
 
     def head(rest: Params, x: Array, batch: objectives.Batch) -> tuple[Array, Sums]:
-        model = prog.model({**params, **rest})
-        objective = prog.experiment.objective
+        model, objective = given.part(name, rest), prog.experiment.objective
         total, sums = objectives.score(
-            objective, model, model.final(x), batch, graded=forward
+            objective, model, model.final(x), batch, graded=given.forward
         )
-        return total / count, sums
+        return total / given.count, sums
 
-    def placed(x: Array) -> Array:
+    M = len(batches["tokens"]) if given.forward else None
+    return pipeline.Flow(
+        table=table(prog, M),
+        model=pipeline.Model(embed, stage, head if name == STACK else None),
+        rest={k: v for k, v in params.items() if k not in prog.stacks},
+        stack=_placed(given, name),
+        batches=batches,
+        layers=prog.stacks[name].layers,
+        source=source,
+        poison=given.poison,
+    )
+
+
+def _looked_at(given: _Given, rest: Params, outs: Array) -> Array:
+    """Returns what is looked at, [M, b, T, D], from what left the last stage."""
+    return jax.vmap(given.part(ENCODER, rest).final)(outs)
+
+
+def _placed(given: _Given, name: str) -> Params:
+    """Returns what stages have of their own: the layers of a stack, leaves [P, v, l, ...], and a
+    copy of the parameters that these have in common, leaves [P, v, ...]."""
+    P_, v, _ = given.prog.stacks[name].layers.shape
+
+    def rows(x: Array) -> Array:
         spec = jax.typeof(x).sharding.spec
-        P_, v, _ = prog.places.shape
         shape = (P_, v, len(x) // (P_ * v), *x.shape[1:])
         return x.reshape(shape, out_sharding=P(spec[0], None, None, *spec[1:]))
+
+    def copies(x: Array) -> Array:
+        over = stages.spec(None, *jax.typeof(x).sharding.spec)
+        return reshard(jnp.broadcast_to(x[None, None], (P_, v, *x.shape)), over)
+
+    own = {name: jax.tree.map(rows, given.params[name])}
+    shared = given.part(name, {}).shared
+    return own | {one: copies(given.params[one]) for one in shared}
+
+
+def _joined(prog: Program, rest: Params, *own: Params) -> Params:
+    """Returns the gradient of all parameters, by that of what stages do not have of their own and
+    of what they do: the inverse of `_placed`."""
 
     def rows(x: Array) -> Array:
         spec = jax.typeof(x).sharding.spec
         shape = (math.prod(x.shape[:3]), *x.shape[3:])
         return x.reshape(shape, out_sharding=P(spec[0], *spec[3:]))
 
-    rest = {k: v for k, v in params.items() if k != STACK}
-    stack = jax.tree.map(placed, params[STACK])
-    loss, sums, grads = pipeline.run(
-        table(prog, len(batches["tokens"]) if forward else None),
-        pipeline.Model(embed, stage, head),
-        rest,
-        stack,
-        batches,
-        prog.places,
-        poison,
-    )
-    sums = {**sums, "loss": loss}
-    if grads is None:
-        return sums, {}
-    return sums, {**grads[0], STACK: jax.tree.map(rows, grads[1])}
+    grads = dict(rest)
+    for part in own:
+        for name, g in part.items():
+            if name in prog.stacks:
+                grads[name] = jax.tree.map(rows, g)
+            else:
+                grads[name] += g.sum((0, 1))  # an all-reduce over stages
+    return grads

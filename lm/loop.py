@@ -31,6 +31,7 @@ from lm.experiment import Experiment
 from lm.log import Log, due
 from lm.lookout import Lookout
 from lm.plan import placement
+from lm.program import STACK
 from lm.stop import Stop
 from lm.terminal import Stopwatch, Terminal
 from lm.train import Program, TrainState
@@ -339,8 +340,12 @@ def _flow(prog: Program) -> str:
     """How microbatches flow through the stages, where layers do not divide, and what is computed
     in vain because stages have layers of different kinds."""
     table = gradients.table(prog)
-    held = (prog.places >= 0).sum((1, 2))
-    uneven = "" if len(set(held)) == 1 else f", layers {'+'.join(map(str, held))}"
+    uneven = ""
+    for name, places in prog.stacks.items():
+        held = (places.layers >= 0).sum((1, 2))
+        if len(set(held)) > 1:
+            what = "" if name == STACK else f"{name} "
+            uneven += f", {what}layers {'+'.join(map(str, held))}"
     scored = prog.eval_microbatches
     fewer = "" if scored == table.microbatches else f" ({scored} in evaluation)"
     places = prog.places.shape[-1]

@@ -13,6 +13,7 @@ from lm.terminal import Stopwatch
 
 WATCH = Stopwatch()  # before the slow imports, which it times
 heap.keep()
+heap.take()
 gc.disable()  # imports leave no garbage, and it would be looked for a hundred times
 
 import flax  # noqa: E402

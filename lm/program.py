@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,9 @@ from jaxtyping import Array
 from lm import config, executables, optim, sharding, trees
 from lm.experiment import Experiment
 from lm.models import chunk, kinds, stack, timetable
-from lm.models.model import Model
+from lm.models.model import STACK, Model
 
 Params = dict[str, Any]
-STACK = "layers"  # the parameters that are stacked over the layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +40,12 @@ class Program:
     working: dict[str, P]  # where a step computes with them: `specs`, or gathered
     optimizer: optax.GradientTransformationExtraArgs
     rate: Callable[[Any], Array]  # learning rate by step
-    chunks: chunk.Places  # which layer lies in which place of which stage
+    stacks: dict[str, chunk.Places]  # which layer lies in which place of which stage
+
+    @property
+    def chunks(self) -> chunk.Places:
+        """The places of the stack that every model has."""
+        return self.stacks[STACK]
 
     @property
     def places(self) -> np.ndarray:
@@ -109,11 +113,18 @@ class Program:
     def rows(self, path: str) -> np.ndarray:
         """Returns int [P, v, n]: which row of a stacked parameter, in the order of layers, lies
         where in memory; -1: none."""
-        return self.chunks.rows(_stack(self.chunks, path))
+        return self._places(path).rows(_stack(self._places(path), path))
 
     def layers(self, path: str) -> list[int]:
         """Returns the numbers of a stacked parameter's layers."""
-        return self.chunks.stacks[_stack(self.chunks, path)]
+        return self._places(path).stacks[_stack(self._places(path), path)]
+
+    def stacked(self, path: str) -> bool:
+        """Returns whether the parameter is one of a stack: its rows are layers."""
+        return _name(path) in self.stacks
+
+    def _places(self, path: str) -> chunk.Places:
+        return self.stacks[_name(path)]
 
     def computed(self, part: str) -> list[Any]:
         """Returns the configs of a part (`mixer`, `ffn`) that a device computes one after another:
@@ -127,18 +138,19 @@ class Program:
         """Returns how much of a stacked parameter on a device is used at a time."""
         if not self.staged:
             return 1.0
-        stack_path = _stack(self.chunks, path)
+        name, places = _name(path), self._places(path)
+        stack_path = _stack(places, path)
         part = (
-            path.removeprefix(f"{STACK}/").removeprefix(f"{stack_path}/").split("/")[0]
+            path.removeprefix(f"{name}/").removeprefix(f"{stack_path}/").split("/")[0]
         )
         part = "norm" if part.startswith(("norm", "after")) else part
-        share = self.chunks.share(self.experiment.model.blocks, stack_path, part)
-        return share / self.places.shape[1]
+        blocks = self.experiment.model.stacks[name]
+        return places.share(blocks, stack_path, part) / places.layers.shape[1]
 
     @property
     def ordered(self) -> bool:
         """Whether every row of the stacks lies in memory in the order of layers."""
-        rows = (self.rows(path).ravel() for path in self.axes if _stacked(path))
+        rows = (self.rows(path).ravel() for path in self.axes if self.stacked(path))
         return all(np.array_equal(r, np.arange(len(r))) for r in rows)
 
     def batch_sharding(self) -> jax.sharding.NamedSharding:
@@ -199,10 +211,10 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
     experiment.fit(layout)
     stages = layout.size("layers")
     rounds = experiment.pipeline.rounds if stages > 1 else 1
-    chunks = chunk.Places(
-        timetable.placement(experiment.model.layers, stages, rounds),
-        stack.entries(experiment.model.blocks),
-    )
+    stacks = {
+        name: _placed(name, blocks, stages, rounds)
+        for name, blocks in experiment.model.stacks.items()
+    }
     structure, params = _abstract(experiment.model)
     with sharding.use(layout):
         axes = {
@@ -210,7 +222,7 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
             for path, p in params.items()
         }
         shapes = {
-            path: jax.ShapeDtypeStruct(_stored(path, p.shape, chunks), p.dtype)
+            path: jax.ShapeDtypeStruct(_stored(path, p.shape, stacks), p.dtype)
             for path, p in params.items()
         }
         specs = working = {
@@ -239,8 +251,20 @@ def program(experiment: Experiment, layout: sharding.Layout) -> Program:
         working=working,
         optimizer=optim.build(experiment.optim, experiment.train.steps, axes),
         rate=optim.schedule(experiment.optim, experiment.train.steps),
-        chunks=chunks,
+        stacks=stacks,
     )
+
+
+def varied(prog: Program, experiment: Experiment) -> Program:
+    """Returns the program of an experiment that differs from that of `prog` in nothing but
+    `model.remat`, `train.accumulate`, `pipeline.microbatches` and what does not concern programs.
+
+    Raises:
+        ConfigError: as of `program`.
+    """
+    experiment.fit(prog.layout)
+    structure, _ = _abstract(experiment.model)
+    return dataclasses.replace(prog, experiment=experiment, structure=structure)
 
 
 @functools.lru_cache(maxsize=16)
@@ -256,21 +280,34 @@ def _abstract(model: kinds.Config) -> tuple[Any, dict[str, nnx.Param]]:
     return jax.tree.structure(abstract), params
 
 
-def _stored(path: str, shape: tuple[int, ...], chunks: chunk.Places) -> tuple[int, ...]:
+def _placed(
+    name: str, blocks: Sequence[stack.Block.Config], stages: int, rounds: int
+) -> chunk.Places:
+    """Returns where the layers of a stack lie."""
+    setting = "model.layers" if name == STACK else f"model.{name}_layers"
+    places = timetable.placement(len(blocks), stages, rounds, setting)
+    return chunk.Places(places, stack.entries(blocks))
+
+
+def _stored(
+    path: str, shape: tuple[int, ...], stacks: dict[str, chunk.Places]
+) -> tuple[int, ...]:
     """Returns the shape in memory: stacked parameters have a row for every place of a layer."""
-    if len(chunks.layers) == 1 or not _stacked(path):
+    places = stacks.get(_name(path))
+    if places is None or len(places.layers) == 1:
         return shape
-    return (chunks.rows(_stack(chunks, path)).size, *shape[1:])
+    return (places.rows(_stack(places, path)).size, *shape[1:])
 
 
-def _stacked(path: str) -> bool:
-    return path.split("/")[0] == STACK
+def _name(path: str) -> str:
+    """Returns the name of the stack, or of what else, that a parameter belongs to."""
+    return path.split("/")[0]
 
 
-def _stack(chunks: chunk.Places, path: str) -> str:
-    """Returns the path, in the model's layers, of the stack that has a parameter."""
-    own = path.removeprefix(f"{STACK}/")
-    return next(s for s in chunks.stacks if own.startswith(f"{s}/" if s else ""))
+def _stack(places: chunk.Places, path: str) -> str:
+    """Returns the path, among the layers of a name, of the stack that has a parameter."""
+    own = path.removeprefix(f"{_name(path)}/")
+    return next(s for s in places.stacks if own.startswith(f"{s}/" if s else ""))
 
 
 def build(config: kinds.Config, key: Array) -> Model:

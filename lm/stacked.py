@@ -17,7 +17,7 @@ from jax.sharding import reshard
 from jaxtyping import Array
 
 from lm import sharding, trees
-from lm.program import STACK, Program
+from lm.program import Program
 
 
 def plain(prog: Program, tree: Any) -> Any:
@@ -85,8 +85,9 @@ def _stacks(prog: Program, tree: Any, change: Any) -> Any:
 
 def _name(prog: Program, path: str) -> str | None:
     """Returns the stacked parameter whose value, or a statistic of it, lies at the path."""
-    start = f"/{path}".find(f"/{STACK}/")
-    return path[start:] if start >= 0 and path[start:] in prog.axes else None
+    starts = (f"/{path}".find(f"/{name}/") for name in prog.stacks)
+    found = (path[start:] for start in starts if start >= 0)
+    return next((name for name in found if name in prog.axes), None)
 
 
 def _stages() -> tuple[str, ...]:

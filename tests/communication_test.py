@@ -46,6 +46,7 @@ MESHES = {
         "model.remat=none",
         "model.tied=false",
     ],
+    "fsdp 8, no remat": ["mesh.fsdp=8", "model.remat=none"],
     "fsdp 8, accumulate 4": ["mesh.fsdp=8", "train.accumulate=4"],
     "fsdp 8, head not tied": ["mesh.fsdp=8", "model.tied=false"],
     "data 2 x fsdp 4": ["mesh.data=2", "mesh.fsdp=4"],
@@ -72,8 +73,8 @@ MESHES = {
 }
 SHARE = 1.05  # of the minimum, norms' gradients, ids and scalars included
 # Where gradients are reduced whole in the loop over layers and cut into shares after it, as XLA
-# does over two axes of the batch at once: how much of the minimum that makes.
-CUT = {"data 8, zero1": 1.30, "expert 4 x fsdp 2": SHARE}
+# does over two axes of the batch at once.
+CUT = {"expert 4 x fsdp 2"}
 
 
 def programs(mesh: str) -> Any:
@@ -100,7 +101,7 @@ def test_a_step_sends_what_it_has_to(mesh):
     rows = communication.compare(prog, found)
     table = communication.table(rows, mesh, 0)
     if mesh in CUT:
-        assert communication.ratio(rows) <= CUT[mesh], table
+        assert communication.ratio(rows) <= SHARE, table
         assert any(not r.needed and r.kind == "all-reduce" for r in rows), table
         return
     assert communication.ratio(rows) <= SHARE, table

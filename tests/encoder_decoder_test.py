@@ -1,5 +1,6 @@
 """Encoder-decoders: who sees whom, meshes, decoding, and what cannot work."""
 
+import dataclasses
 import functools
 
 import jax
@@ -41,7 +42,11 @@ KINDS = {
     ],
 }  # fmt: skip
 MESHES = {
-    "t5": ["data 2 x fsdp 2 x tensor 2", "data 4 x tensor 2, zero1"],
+    "t5": [
+        "data 2 x fsdp 2 x tensor 2",
+        "data 4 x tensor 2, zero1",
+        "data 2 x seq 2 x tensor 2",
+    ],
     "2017": ["data 2 x tensor 4, sequence"],
 }
 
@@ -212,14 +217,22 @@ def test_scores_of_distances_are_formed_by_einsum_alone():
     for asked in ("blockwise", "cudnn", "splash"):
         with toy.refused(f"implementation={asked}", "Relative", "takes einsum here"):
             case.choose(asked)
+    split = dataclasses.replace(case, shards=2)
+    assert split.how("auto", "auto") == "einsum by gather"
+    with toy.refused("context=ring", "Relative", "gather or auto"):
+        split.how("auto", "ring")
 
 
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
         (["objective=Causal"], ["objective=Causal does not go", "Seq2Seq or Span"]),
-        (["mesh.seq=2"], ["mesh.seq=2", "mesh.data, fsdp or tensor"]),
-        (["mesh.pipe=2", "mesh.data=1"], ["mesh.pipe=2", "mesh.data, fsdp or tensor"]),
+        (["mesh.seq=4"], ["targets of 12 tokens", "8 (mesh.seq=4)", "mesh.seq=1"]),
+        (["mesh.pipe=2"], ["schedule=1f1b", "two stacks", "schedule=gpipe"]),
+        (
+            ["mesh.pipe=2", "pipeline.schedule=gpipe", "model.encoder_layers=1"],
+            ["model.encoder_layers=1 are fewer", "mesh.pipe=2"],
+        ),
         (
             [*toy.MESHES["data 2 x tensor 4, sequence"], "objective.target_length=10"],
             ["targets of 10 tokens", "mesh.tensor=4", "sequence_parallel=false"],

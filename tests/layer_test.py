@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import toy
 
-from lm import batches, gradients, objectives, sharding, train
+from lm import batches, config, gradients, objectives, sharding, train
 from lm.experiment import load, names
 from lm.models import stack
 from lm.models.encoder_decoder import EncoderDecoder
@@ -136,6 +136,22 @@ def _two_stacks(prog, found):
     (both,) = found.blocks
     done = both.cost.flops_forward / (layer.rows(prog) * U)
     assert 0.99 < done / one < 1.3
+
+
+def test_stages_do_what_two_stacks_do_with_all_their_layers():
+    sets = ["mesh.pipe=2", "pipeline.schedule=gpipe", "pipeline.microbatches=2"]
+    one, two = (
+        program(chosen, sharding.abstract_layout(chosen.mesh, chosen.mesh.pipe))
+        for chosen in (
+            config.override(load("t5_tiny"), ["mesh.data=1", *more])
+            for more in ([], sets)
+        )
+    )
+    (both,), chunks = layer.costs(one).blocks, layer.costs(two).blocks
+    assert [g.layers for g in chunks] == [1, 1]
+    a_row = both.cost.flops_forward / layer.rows(one)
+    on_stages = 2 * sum(g.cost.flops_forward for g in chunks) / layer.rows(two)
+    assert on_stages == pytest.approx(a_row, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", names())

@@ -12,7 +12,6 @@ import toy
 from lm import generate, gradients, train, trees
 from lm.experiment import Generate
 from lm.models import timetable
-from lm.program import STACK
 
 # The norm of a gradient's difference from one device's: a few roundings of sums in another order.
 ROUNDINGS = 64
@@ -21,6 +20,25 @@ EIGHT = ["model.layers=8"]
 ROUNDS = ["pipeline.schedule=interleaved", "pipeline.rounds=2"]
 EXPERTS = ["model.ffn=Moe", "model.ffn.hidden=24"]
 FIRST = ["model.ffn.dense_first=1", "model.ffn.dense.hidden=40"]
+TWO = [
+    *("objective=Seq2Seq", "objective.target_length=12", "data.packing=documents"),
+    *(
+        "model=EncoderDecoder",
+        "model.encoder_layers=2",
+        "model.attention.qk_norm=false",
+    ),
+    "pipeline.schedule=gpipe",
+]
+T5 = [
+    *(*TWO, "model.positions.buckets=8", "model.positions.distance=9", "model.start=0"),
+    *("model.encoder_layers=3", "model.dropout=0.1"),
+]
+VASWANI = [
+    *TWO,
+    "model.positions=Sinusoidal",
+    "model.norms=post",
+    "model.norm=LayerNorm",
+]
 CASES = {
     "1f1b, uneven": [*FIVE, "mesh.pipe=4", "mesh.data=2", "pipeline.microbatches=4"],
     "1f1b, fewer microbatches than stages": [
@@ -71,6 +89,18 @@ CASES = {
         "model.ffn.every=2", "pipeline.microbatches=2", "pipeline.gather=step",
         "train.accumulate=2", "model.tied=false",
     ],
+    "two stacks, uneven, gathered once": [
+        *T5, "mesh.pipe=2", "mesh.data=2", "mesh.fsdp=2", "pipeline.gather=step",
+        "pipeline.microbatches=2",
+    ],
+    "two stacks, post-norm, ring": [
+        *VASWANI, "mesh.pipe=4", "mesh.seq=2", "model.attention.context=ring",
+        "pipeline.microbatches=4", "model.layers=4", "model.encoder_layers=5",
+    ],
+    "two stacks, accumulated": [
+        *T5, "mesh.pipe=2", "mesh.fsdp=2", "mesh.tensor=2", "pipeline.microbatches=2",
+        "mesh.sequence_parallel=true", "train.accumulate=2", "model.remat=full",
+    ],
     "1f1b, learned positions": [
         *toy.CLASSIC, "model.attention.bias=false", "mesh.pipe=2", "mesh.tensor=4",
         "pipeline.microbatches=16",
@@ -89,14 +119,19 @@ def gradient(*sets, poison=False):
         count = batch["weights"].sum()
         return gradients.of(prog, params, batch, step, count, poison=poison)
 
-    batch = toy.place(prog, toy.batch())
+    batch = toy.place(prog, host(sets))
     compiled = prog.compiled(of).lower(params, batch).compile()
     sums, grads = compiled(params, batch)
     for path, g in toy.flat(grads).items():  # of rows that hold no layer
-        if prog.staged and path.startswith("layers/"):
+        if prog.staged and prog.stacked(path):
             assert not g[prog.rows(path).ravel() < 0].any(), path
     grads = toy.flat(train.saved(prog, grads))
     return jax.device_get(sums), grads, compiled
+
+
+def host(sets):
+    """Returns the rows of a case."""
+    return toy.pairs() if TWO[0] in sets else toy.batch()
 
 
 def plain(sets):
@@ -108,6 +143,7 @@ def plain(sets):
 
 
 SLOW = (
+    "two stacks, accumulated",
     "interleaved, fsdp",
     "interleaved, experts, gathered once, accumulated",
     "1f1b, experts after dense layers",
@@ -220,13 +256,15 @@ def test_settings_that_do_nothing_are_told():
     assert one.startswith("mesh.fsdp=1: pipeline.gather=step not used")
 
 
-def test_evaluation_and_samples_are_those_of_one_device():
-    sets = CASES["interleaved, uneven, sequence"]
-    found = []
+@pytest.mark.parametrize(
+    "case", ["interleaved, uneven, sequence", "two stacks, uneven, gathered once"]
+)
+def test_evaluation_and_samples_are_those_of_one_device(case):
+    sets, found = CASES[case], []
     for some in (sets, plain(sets)):
         prog = toy.program(*some)
         params = toy.start(prog, noise=0.1).params
-        score = train.make_eval_step(prog)(params, toy.place(prog, toy.batch()))
+        score = train.make_eval_step(prog)(params, toy.place(prog, host(sets)))
         rows = generate.make_rows(
             [(np.arange(1, 6), 0), (np.arange(3), 1)] * 2, 4, 16, 4
         )
@@ -241,7 +279,12 @@ def test_evaluation_and_samples_are_those_of_one_device():
 
 
 @pytest.mark.parametrize(
-    "model", [[*FIVE, *ROUNDS], [*EXPERTS, *FIRST, "model.layers=3"]]
+    "model",
+    [
+        [*FIVE, *ROUNDS],
+        [*EXPERTS, *FIRST, "model.layers=3"],
+        T5,
+    ],
 )
 def test_what_is_saved_is_in_plain_order_and_comes_back(model):
     prog = toy.program(*model, "mesh.pipe=2", "pipeline.microbatches=2")
@@ -261,8 +304,8 @@ def test_what_is_saved_is_in_plain_order_and_comes_back(model):
     before = toy.flat(state)
     for path, x in toy.flat(train.loaded(prog, saved)).items():
         np.testing.assert_array_equal(x, before[path])
-    stacked = trees.flatten(saved.params[STACK]).values()
-    assert all(x.is_deleted() for x in stacked)  # no second copy stays
+    stacked = (trees.flatten(saved.params[name]).values() for name in prog.stacks)
+    assert all(x.is_deleted() for some in stacked for x in some)  # no second copy stays
 
 
 @pytest.mark.parametrize(

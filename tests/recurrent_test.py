@@ -104,7 +104,7 @@ def test_the_recurrent_matrix_has_one_product_a_row():
     cell = functools.partial(recurrent.Lstm.cell, recurrent.Lstm.Config())
 
     def total(p, w):
-        return recurrent.recur(cell, p, w, jnp.ones((2, 16)), state)[0].sum()
+        return recurrent.recur(cell, None, p, w, jnp.ones((2, 16)), state)[0].sum()
 
     with sharding.use(prog.layout):
         jaxpr = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(p, w))
@@ -114,7 +114,50 @@ def test_the_recurrent_matrix_has_one_product_a_row():
     assert not any("add_any" in line for line in carried), carried
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_gradient_goes_back_one_window_and_the_state_goes_on(kind):
+    """As if each window were a row of its own that is given the state of the one before."""
+    prog, _ = program(kind)
+    made = prog.experiment.model.mixer
+    mixer, W = {"lstm": recurrent.Lstm, "gru": recurrent.Gru}[kind], 4
+    H = made.width(prog.experiment.model.dim)
+    cell = functools.partial(mixer.cell, made)
+    random = np.random.default_rng(0)
+    p = jnp.asarray(random.normal(size=(2, 10, mixer.parts, H)), jnp.float32)
+    w = jnp.asarray(random.normal(size=(mixer.gates, H, H)) / H**0.5, jnp.float32)
+    kept = jnp.ones((2, 10)).at[1, 6].set(0)  # a document begins within a window
+    weights = jnp.asarray(random.normal(size=(2, 10, H)), jnp.float32)
+    start = tuple(jnp.full((2, H), 0.1) for _ in range(mixer.states))
+
+    def total(p, w, window):
+        return (recurrent.recur(cell, window, p, w, kept, start)[0] * weights).sum()
+
+    def by_windows(p, w):
+        state, found = start, 0.0
+        for at in range(0, 10, W):
+            here = slice(at, at + W)
+            state = jax.lax.stop_gradient(state)
+            ys, state = recurrent.recur(cell, None, p[:, here], w, kept[:, here], state)
+            found += (ys * weights[:, here]).sum()
+        return found
+
+    with sharding.use(prog.layout):
+        grads = jax.jit(jax.grad(total, (0, 1)), static_argnums=2)
+        cut, whole, one = (grads(p, w, window) for window in (W, None, 10))
+        expected = jax.jit(jax.grad(by_windows, (0, 1)))(p, w)
+        value = total(p, w, W), total(p, w, None)
+    np.testing.assert_array_equal(*value)
+    for a, b, c, d in zip(cut, expected, whole, one, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(c, d)
+        assert np.abs(a - c).max() > 1e-3
+
+
 def test_what_cannot_work_is_refused():
+    with toy.refused("model.mixer.window=17: rows have data.length=16", "window=16"):
+        toy.experiment("model=Recurrent", "model.mixer.window=17", "data.length=16")
+    with toy.refused("model.mixer.window=0", "1 or more, or none"):
+        toy.experiment("model=Recurrent", "model.mixer.window=0")
     with toy.refused("mesh.seq=2", "mesh.data, fsdp or tensor"):
         toy.program("model=Recurrent", "mesh.seq=2")
     with toy.refused("model.mixer.hidden=0", "1 or more"):

@@ -115,8 +115,8 @@ def read(prog: Program, source: Source, every: Sequence[Place]) -> Params:
             by_path.setdefault(path, {})[place.entry] = place.row, k
     flat = {}
     for path, shape in prog.shapes.items():
-        stacked = path.startswith(f"{STACK}/")
-        order = prog.rows(path).ravel() if stacked and prog.staged else None
+        there = prog.staged and prog.stacked(path)
+        order = prog.rows(path).ravel() if there else None
         leaf = _Leaf(source, by_path[path], shape.shape, order)
         where = prog.sharding(prog.specs[path])
         flat[path] = jax.make_array_from_callback(shape.shape, where, leaf.part)

@@ -38,8 +38,9 @@ class Places:
     layers: np.ndarray  # int [P, v, l]: the layer in each place, -1: none
     stacks: dict[str, list[int]]  # the layers of each stack by path: `stack.entries`
 
+    @functools.cached_property
     def wanted(self) -> list[tuple[str, ...]]:
-        """Returns for each place the stacks of which any chunk has a layer there."""
+        """For each place the stacks of which any chunk has a layer there."""
         return [
             tuple(p for p, own in self.stacks.items() if np.isin(there, own).any())
             for there in np.moveaxis(self.layers, -1, 0)
@@ -47,7 +48,7 @@ class Places:
 
     def rows(self, path: str) -> np.ndarray:
         """Returns int [P, v, n]: which of a stack's layers each row in memory is, -1: none."""
-        here = [path in paths for paths in self.wanted()]
+        here = [path in paths for paths in self.wanted]
         row = {layer: i for i, layer in enumerate(self.stacks[path])}
         own = self.layers[..., here]
         return np.array([row.get(i, -1) for i in own.flat]).reshape(own.shape)
@@ -55,7 +56,7 @@ class Places:
     def computed(self, configs: Sequence[stack.Block.Config], part: str) -> list[Any]:
         """Returns what a stage computes of a part (`mixer`, `ffn`) for a chunk: its configs."""
         found = []
-        for paths in self.wanted():
+        for paths in self.wanted:
             found += {getattr(configs[self.stacks[p][0]], part) for p in paths}
         return found
 
@@ -63,8 +64,10 @@ class Places:
         self, configs: Sequence[stack.Block.Config], path: str, part: str
     ) -> float:
         """Returns 1 over how many stacks have one computation of a part, the mean of places."""
+        if len(self.stacks) == 1:
+            return 1.0
         shares = []
-        for paths in self.wanted():
+        for paths in self.wanted:
             kinds = {p: getattr(configs[self.stacks[p][0]], part) for p in paths}
             if path in kinds:
                 shares.append(1 / [*kinds.values()].count(kinds[path]))
@@ -80,6 +83,7 @@ def run(
     *,
     remat: stack.Remat,
     scan: bool,
+    first: int = 0,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns x after the layers of one chunk, and the sum of their aux.
 
@@ -91,8 +95,9 @@ def run(
         side: what else every block gets.
         remat: what to keep for the backward.
         scan: over places of equal kinds.
+        first: number of the stack's first layer, by which layers draw what they drop.
     """
-    place = stack.policy(remat)(functools.partial(_place, places, side))
+    place = stack.policy(remat)(functools.partial(_place, places, side, first))
 
     def unit(x: Array, slices: Any) -> tuple[Array, dict[str, Array]]:
         sums = []
@@ -103,7 +108,7 @@ def run(
 
     first, sums = 0, []
     used = dict.fromkeys(places.stacks, 0)
-    for repeats, kinds in stack.grouped(places.wanted()):
+    for repeats, kinds in stack.grouped(places.wanted):
         rows = _rows(blocks, kinds, repeats, used)
         after = first + repeats * len(kinds)
         slices = rows, index_l[first:after].reshape(repeats, len(kinds))
@@ -140,13 +145,18 @@ def _at(blocks: Any, path: str) -> Any:
 
 
 def _place(
-    places: Places, side: Side, x: Array, here: dict[str, Any], index: Array
+    places: Places,
+    side: Side,
+    first: int,
+    x: Array,
+    here: dict[str, Any],
+    index: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """One place: the block of the stack that has layer `index`, or nothing if that is negative."""
     x = checkpoint_name(x, "block")
     mine = [(index == jnp.asarray(places.stacks[path])).any() for path in here]
     block = _either(list(here.values()), mine)
-    y, aux, _ = block(x, side, {"index": index.astype(jnp.uint32)})
+    y, aux, _ = block(x, side, {"index": (first + index).astype(jnp.uint32)})
     there = index >= 0
     y = jnp.where(there, y, x)
     return y, jax.tree.map(lambda a: jnp.where(there, a, 0), aux)

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lm.config import ConfigError
-from lm.models import stack
-from lm.models.model import DEEPEST, Model, how
+from lm.models import chunk, stack
+from lm.models.model import DEEPEST, STACK, Model, how
 from lm.nn import attend
 from lm.nn.attention import Attention
 from lm.nn.blockwise import Tokens
@@ -91,6 +91,11 @@ class EncoderDecoder(Model):
             whole = dataclasses.replace(self.attention, causal=False)
             return self._stack(self.encoder_layers, mixer=whole)
 
+        @property
+        def stacks(self) -> dict[str, tuple[stack.Block.Config, ...]]:
+            """Every layer's config of each stack, by the name of its parameters."""
+            return {ENCODER: self.encoder_blocks, STACK: self.blocks}
+
         def attends(self, row: attend.Row, written: int) -> list[str]:
             """Returns in words how each layer that has attention computes it."""
             bias = self.relative is not None
@@ -156,16 +161,16 @@ class EncoderDecoder(Model):
         packed: bool = True,
     ) -> Source:
         """Returns what the decoder looks at; arguments as of a call."""
-        c, first = self._own, self._own.layers
-        x_BTD = self._embed(tokens_BT, tokens.positions)
-        site = jnp.uint32(first * stack.SITES + 2)
-        x_BTD = dropout(x_BTD, c.dropout, keys_BT, site)
-        bias = self._scores("encoder_distance_nb", tokens, causal=False)
-        side = Side(tokens, bias=bias, keys_BT=keys_BT, packed=packed)
-        run = functools.partial(stack.run, remat=c.remat, scan=c.scan, first=first)
+        reader, c = Reader(self), self._own
+        x_BTD = reader.embed(tokens_BT, tokens.positions, keys_BT)
+        side = reader.side(tokens, keys_BT, packed)
+        run = functools.partial(stack.run, remat=c.remat, scan=c.scan, first=c.layers)
         x_BTD, _, _ = run(self.encoder, x_BTD, side)
-        x_BTD = x_BTD if self.encoder_norm is None else self.encoder_norm(x_BTD)
-        return Source(stack.enter(x_BTD), tokens)
+        return Source(stack.enter(reader.final(x_BTD)), tokens)
+
+    def part(self, name: str) -> Any:
+        """Returns what is around a stack of layers: the embedding before, the norm behind."""
+        return Reader(self) if name == ENCODER else self
 
     def embed(
         self,
@@ -189,10 +194,15 @@ class EncoderDecoder(Model):
     ) -> Side:
         """Returns what every block of the decoder gets besides the residual stream."""
         side = super().side(tokens, keys_BT, packed, slot, cached)
-        bias = self._scores("distance_nb", tokens, cached, slot, causal=True)
+        bias = self.scores("distance_nb", tokens, cached, slot, causal=True)
         return dataclasses.replace(side, bias=bias)
 
-    def _scores(
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters that all layers have in common."""
+        return () if self.config.relative is None else ("distance_nb",)
+
+    def scores(
         self,
         table: str,
         tokens: Tokens,
@@ -201,6 +211,7 @@ class EncoderDecoder(Model):
         *,
         causal: bool,
     ) -> Array | None:
+        """Returns what a table gives the distances in a row; None where there are no tables."""
         if self.config.relative is None:
             return None
         keys = tokens if cached is None else cached
@@ -233,3 +244,64 @@ class EncoderDecoder(Model):
 
         _, others = jax.lax.scan(keys, None, self.layers)
         return super().empty_cache(batch, length), others
+
+
+def rows(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is read of a batch, by the names that what is written has in it."""
+    names = {"inputs": "tokens", "input_positions": "positions"}
+    names |= {"input_segments": "segments", "index": "index"}
+    return {name: batch[own] for own, name in names.items()}
+
+
+def looking(side: Side, batch: Mapping[str, Any], x_BTD: Array) -> Side:
+    """Returns `side` with what its blocks look at: what a `Reader` made of rows of the batch."""
+    there = Tokens(batch["input_positions"], batch["input_segments"])
+    return dataclasses.replace(side, source=Source(stack.enter(x_BTD), there))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The stack that reads, in the parts that a model has: what leaves it is looked at."""
+
+    model: EncoderDecoder
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters that all layers have in common."""
+        return tuple(f"{ENCODER}_{name}" for name in self.model.shared)
+
+    def embed(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        keys_BT: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns what enters the first block."""
+        c = self.model.config
+        x_BTD = self.model._embed(tokens_BT, positions_BT)
+        site = jnp.uint32(c.layers * stack.SITES + 2)
+        return dropout(x_BTD, c.dropout, keys_BT, site)
+
+    def side(
+        self, tokens: Tokens, keys_BT: Array | None = None, packed: bool = True
+    ) -> Side:
+        """Returns what every block gets besides the residual stream."""
+        bias = self.model.scores("encoder_distance_nb", tokens, causal=False)
+        return Side(tokens, bias=bias, keys_BT=keys_BT, packed=packed)
+
+    def stage(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        side: Side,
+        places: chunk.Places,
+        index_l: Int[Array, "l"],
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """Returns x after a chunk of layers, see `Model.stage`."""
+        c, m = self.model.config, self.model
+        how: Any = {"remat": c.remat, "scan": c.scan, "first": c.layers}
+        return chunk.run(m.encoder, places, index_l, x_BTD, side, **how)
+
+    def final(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns what is looked at, from what the last layer returned."""
+        norm = self.model.encoder_norm
+        return x_BTD if norm is None else norm(x_BTD)

@@ -39,6 +39,7 @@ from lm.nn.param import param, rows, weight
 from lm.nn.relative import Relative
 
 DEEPEST = 100_000  # layers; more is a slip of the hand
+STACK = "layers"  # the parameters that are stacked over the layers
 
 
 def how(blocks: Sequence[stack.Block.Config], row: attend.Row) -> list[str]:
@@ -108,6 +109,11 @@ class Model(nnx.Module):
         def blocks(self) -> tuple[stack.Block.Config, ...]:
             """Every layer's config; equal ones are stacked, see `stack.build`."""
             raise NotImplementedError
+
+        @property
+        def stacks(self) -> dict[str, tuple[stack.Block.Config, ...]]:
+            """Every layer's config of each stack, by the name of its parameters."""
+            return {STACK: self.blocks}
 
         def _block_of(self, **parts: Any) -> stack.Block.Config:
             """Returns a layer's config: its parts, and what all models give every layer."""
@@ -258,6 +264,16 @@ class Model(nnx.Module):
     ) -> Side:
         """Returns what every block gets besides the residual stream; arguments as of a call."""
         return Side(tokens, keys_BT=keys_BT, slot=slot, cached=cached, packed=packed)
+
+    def part(self, name: str) -> Any:
+        """Returns what is around a stack of layers: the embedding before, the norm behind."""
+        assert name == STACK, name
+        return self
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters outside of the layers that all of them have in common."""
+        return ()
 
     def stage(
         self,

@@ -1,9 +1,9 @@
 """Recurrent language model: layers that carry a state along the row instead of looking back.
 
-A row begins with an empty state, and so does every document in it. Windows of a long
-document are shuffled like all examples (an example is a function of its number alone), so
-what comes before a window is nowhere to be found when it is read: no state is carried from
-one to the next. An evaluation set's `stride` gives each window context instead.
+A row begins with an empty state, and so does every document in it. A row of `data.length` tokens,
+with `model.mixer.window`, is read in windows, from one to the next of which the state goes on
+and no gradient goes back. Rows are shuffled like all examples (an example is a function of its
+number alone), so what comes before a row is nowhere to be found when it is read.
 """
 
 import dataclasses

@@ -77,6 +77,16 @@ def get(slots: Array, slot_P: Array) -> Array:
     return manual.region(one, ins, spec(*act()))(slots, slot_P)
 
 
+def pick(many: Array, m_P: Array) -> Array:
+    """Returns of [M, b, T, D], which all stages have, what each one asks for: [P, b, T, D]."""
+
+    def one(many: Array, m: Array) -> Array:
+        return lax.dynamic_slice_in_dim(many, m[0], 1)
+
+    ins = (Spec(None, *act()), spec())
+    return manual.region(one, ins, spec(*act()))(many, m_P)
+
+
 def chunks(stack: Any, round_P: Array) -> Any:
     """Returns every stage's chunk of its round: leaves [P, v, ...] → [P, ...]."""
 

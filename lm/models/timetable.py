@@ -14,6 +14,7 @@ runs round 0 of a group, then round 1, …, so that the wrapped-round result arr
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -33,7 +34,7 @@ class Pipeline:
     time. `none` computes least, and holds the layers of one chunk and one microbatch.
     """
 
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"  # of two stacks: gpipe
     microbatches: int | None = None  # of each accumulated part; None: 4 for each stage
     rounds: int = 1  # chunks of layers on a stage, for interleaved
     # When weights stored in shares (mesh.fsdp) are gathered: for every tick (ZeRO-3, least held),
@@ -148,6 +149,7 @@ class Timetable:
         return str(m) if self.rounds == 1 else f"{m}{chr(ord('a') + r)}"
 
 
+@functools.lru_cache(maxsize=256)
 def make(schedule: str, stages: int, microbatches: int, rounds: int = 1) -> Timetable:
     """Returns the table of a schedule; `forward` alone (schedule "forward") is for evaluation."""
     P, M, v = stages, microbatches, rounds
@@ -236,10 +238,13 @@ def _slots(
     return most, f_slot, b_slot
 
 
-def placement(layers: int, stages: int, rounds: int = 1) -> np.ndarray:
+def placement(
+    layers: int, stages: int, rounds: int = 1, name: str = "model.layers"
+) -> np.ndarray:
     """Returns int [P, v, l]: the layer in each place, `IDLE` where there is none.
 
     Layers that the chunks do not divide leave places empty at the end of the last chunks.
+    `name` is the setting of their number.
 
     Raises:
         ConfigError: fewer layers than chunks.
@@ -247,7 +252,7 @@ def placement(layers: int, stages: int, rounds: int = 1) -> np.ndarray:
     chunks = stages * rounds
     if layers < chunks > 1:  # one chunk may be of no layers
         raise ConfigError(
-            f"model.layers={layers} are fewer than the {chunks} chunks of mesh.pipe={stages} x "
+            f"{name}={layers} are fewer than the {chunks} chunks of mesh.pipe={stages} x "
             f"pipeline.rounds={rounds}; use fewer stages or rounds"
         )
     least, more = divmod(layers, chunks)

@@ -1,6 +1,7 @@
 """Decoder-only Transformer: layers of attention and feed-forward."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from jaxtyping import Array
@@ -113,7 +114,7 @@ class Transformer(Model):
                 self.ffn.dense_first + self.ffn.every - 1, self.layers, self.ffn.every
             )
 
-        @property
+        @functools.cached_property
         def blocks(self) -> tuple[stack.Block.Config, ...]:
             """Every layer's config; equal ones are stacked, see `stack.build`."""
             usual = self._block_of(

@@ -7,7 +7,8 @@
 | cudnn          | NVIDIA Ampere and newer  | no          | causal | no       | no gradient | no   |
 | splash         | TPU                      | yes         | causal | yes      | no          | no   |
 
-Where devices split the row, it is blockwise, by one of the ways of lm/nn/ring.py.
+Where devices split the row, it is blockwise, by one of the ways of lm/nn/ring.py; with a bias it
+is einsum, of all keys.
 
 Shapes: B batch, T queries, S keys, K kv heads, G query heads for each kv head, H head dim, R
 devices with rows of their own.
@@ -70,7 +71,9 @@ class Case:
                 f"lengths {self.queries} and {self.keys}{per} share no block of 16 or "
                 "more"
             )
-        if self.shards > 1 and implementation != "blockwise":
+        if self.shards > 1 and implementation != (
+            "einsum" if self.bias else "blockwise"
+        ):
             return (
                 f"it needs whole rows, here mesh.seq={self.shards} devices split them"
             )
@@ -115,7 +118,7 @@ class Case:
         common = math.gcd(self.queries, self.keys)
         if self.shards > 1:
             share = common // self.shards
-            if share <= 32:
+            if min(self.queries, self.keys) <= 32 * self.shards:
                 return share
             common = share // 2
         return max((b for b in range(16, 513) if common % b == 0), default=0)
@@ -135,14 +138,11 @@ class Case:
             return asked
         if self.shards > 1:
             if self.bias:
-                raise ConfigError(
-                    f"mesh.seq={self.shards}: model.positions=Relative needs whole rows; set "
-                    "mesh.seq=1"
-                )
+                return "einsum"
             if reason := self.obstacle("blockwise"):
                 raise ConfigError(
-                    f"data.length={self.queries}: {reason}; use a length that is a multiple of "
-                    f"{32 * self.shards}"
+                    f"data.length={max(self.queries, self.keys)}: {reason}; use a length that is "
+                    f"a multiple of {32 * self.shards}"
                 )
             return "blockwise"
         if (
@@ -158,8 +158,19 @@ class Case:
 
         auto: gathered up to a row of `GATHERED` tokens, where all keys and values are small and
         what a device computes on one share is too short to hide its journey; else by the ring,
-        which holds two shares of them whatever the length.
+        which holds two shares of them whatever the length. Always gathered where distances have
+        scores, which are formed of all keys.
+
+        Raises:
+            ConfigError: a ring is asked for, and distances have scores.
         """
+        if self.bias and asked == "ring":
+            raise ConfigError(
+                "model.attention.context=ring: model.positions=Relative has scores of distances, "
+                "which are formed of all keys; set it to gather or auto"
+            )
+        if self.bias:
+            return "gather"
         if asked != "auto":
             return asked
         return "gather" if self.keys <= GATHERED else "ring"
@@ -240,7 +251,7 @@ def attend(
     if case.shards > 1:
         return ring.attention(
             case.share(context), mask, case.block(), q_BTKGH, k_BSKH, v_BSKH, q_tokens,
-            kv_tokens,
+            kv_tokens, bias_RKGTS,
         )  # fmt: skip
     body = functools.partial(_local, chosen, case)
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)

@@ -150,7 +150,7 @@ class Attention(nnx.Module):
         if side.bias is None:
             return None
         R, _, T, S = side.bias.shape
-        over = sharding.spec("batch", "kv_heads", None, None, None)
+        over = sharding.spec("batch", "kv_heads", None, "length", None)
         return side.bias.reshape(R, *self._groups(), T, S, out_sharding=over)
 
     def _less_sinks(self, y_BTKGH: Array, lse_BKGT: Any) -> Array:

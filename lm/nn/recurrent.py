@@ -34,10 +34,17 @@ UNROLL = 4  # steps of the scan in one turn of its loop
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Config:
     hidden: int | None = None  # H, numbers of the state; None: D
+    # W, tokens that a gradient goes back at most: at every W-th token of a row the state goes on
+    # and its gradient does not (Williams & Peng 1990). None: back to the row's beginning.
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.hidden is not None and self.hidden < 1:
-            raise ConfigError(f"model.mixer.hidden={self.hidden}: expected 1 or more")
+        for name in ("hidden", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"model.mixer.{name}={value}: expected 1 or more, or none"
+                )
 
     def width(self, dim: int) -> int:
         """Returns H for a model of width D."""
@@ -81,7 +88,8 @@ class _Mixer(nnx.Module):
         if cache is None:
             state = empty_cache(self.config, x_BTD.shape[2], len(x_BTD))
         cell = functools.partial(self.cell, self.config)
-        found: Any = recur(cell, p_BTPH, w_ghk, _kept(side), state)
+        window = self.config.window
+        found: Any = recur(cell, window, p_BTPH, w_ghk, _kept(side), state)
         ys_BTH, state = found
         out = sharding.spec("batch", "residual", None)
         w_hd = weight(self.out_hd, dtype)
@@ -153,9 +161,10 @@ def _kept(side: Side) -> Array:
     return (segments_BT == before_BT).astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def recur(
     cell: Cell,
+    window: int | None,
     p_BTPH: Float[Array, "B T P H"],
     w_GHK: Float[Array, "G H H"],
     kept_BT: Float[Array, "B T"],
@@ -165,21 +174,31 @@ def recur(
 
     Args:
         cell: from a pre-activation and the state before it to the state after it.
+        window: tokens from one border that gradients do not pass to the next; None: no border.
         p_BTPH: pre-activations without what the state adds to the first G of them.
         w_GHK: that adds it: the first part of the state times this.
         kept_BT: what the state is multiplied by before a token.
         state: before the first token.
     """
-    return _scan(cell, w_GHK, kept_BT, p_BTPH, state)
+    return _scan(cell, window, w_GHK, kept_BT, p_BTPH, state)
 
 
-def _scan(cell: Cell, w_GHK: Array, kept_BT: Array, p_BTPH: Array, state: State) -> Any:
+def _scan(
+    cell: Cell,
+    window: int | None,
+    w_GHK: Array,
+    kept_BT: Array,
+    p_BTPH: Array,
+    state: State,
+) -> Any:
     G, dtype = len(w_GHK), p_BTPH.dtype
     w_HGK = jnp.moveaxis(w_GHK, 0, 1)
 
     def step(state: State, now: Any) -> tuple[State, Array]:
-        p_BPH, kept_B = now
+        p_BPH, kept_B, border = now
         state = tuple(s * kept_B[:, None] for s in state)
+        if window is not None:
+            state = tuple(jnp.where(border, lax.stop_gradient(s), s) for s in state)
         h_BH = _whole(state[0].astype(dtype))
         u_BGH = jnp.einsum(
             "bh,hgk->bgk", h_BH, w_HGK, preferred_element_type=jnp.float32
@@ -189,7 +208,8 @@ def _scan(cell: Cell, w_GHK: Array, kept_BT: Array, p_BTPH: Array, state: State)
         state = cell(p_BPH, state)
         return state, state[0].astype(dtype)
 
-    along = jnp.moveaxis(p_BTPH, 1, 0), kept_BT.T
+    borders_T = jnp.arange(p_BTPH.shape[1]) % (window or 1) == 0
+    along = jnp.moveaxis(p_BTPH, 1, 0), kept_BT.T, borders_T
     state, ys_TBH = lax.scan(step, state, along, unroll=UNROLL)
     return jnp.moveaxis(ys_TBH, 0, 1), state
 
@@ -199,16 +219,18 @@ def _whole(h: Array) -> Array:
     return reshard(h, sharding.spec("batch", *rest))  # all-gather over tensor
 
 
-def _forward(cell: Cell, p: Array, w: Array, kept: Array, state: State) -> Any:
-    run = functools.partial(_scan, cell, w, kept)
+def _forward(
+    cell: Cell, window: int | None, p: Array, w: Array, kept: Array, state: State
+) -> Any:
+    run = functools.partial(_scan, cell, window, w, kept)
     out, vjp = jax.vjp(run, p, state)
     first = state[0].astype(p.dtype)[:, None]
     before = jnp.concatenate([first, out[0][:, :-1]], 1) * kept[..., None]
     return out, (vjp, before.astype(p.dtype), w, kept)
 
 
-def _backward(cell: Cell, saved: Any, cotangents: Any) -> Any:
-    del cell
+def _backward(cell: Cell, window: int | None, saved: Any, cotangents: Any) -> Any:
+    del cell, window
     vjp, before_BTH, w_GHK, kept_BT = saved
     dp_BTPH, d_state = vjp(cotangents)
     # One product over the row, where the scan's own gradient would add up a matrix a step.

@@ -3,7 +3,8 @@
 Positions in a document count on by one, so the distance of two of its tokens is that of
 their places in the row, whatever else is in it: one matrix serves all rows of a batch.
 
-Shapes: N heads, n buckets, T queries, S keys, M = T + S.
+Shapes: N heads, n buckets, T queries, S keys, c chunks of t queries of which places count on by
+one, M = t + S.
 """
 
 import dataclasses
@@ -68,6 +69,9 @@ def scores(
     """Returns what is added to the scores of a row, in fp32, once for each device of its own
     rows (R of them), so that the sum of its gradient over them is outside of any manual region.
 
+    Where devices split the row, T and S are in the order of `sharding.order`; a device has its own
+    queries and all keys.
+
     Args:
         relative: the buckets.
         table_Nn: the learned scores.
@@ -76,19 +80,29 @@ def scores(
         first: place of the first query; not 0 where earlier keys come from a cache.
         causal: whether queries see no later key.
     """
-    T, S, M = queries, keys, queries + keys
+    T, S, shards = queries, keys, sharding.current().size("length")
+    c = 1 if shards == 1 else 2 * shards
+    t = T // c
+    M = t + S
     place = jnp.arange(M)
-    ahead_M = jnp.where(place < S, place, place - M) - first
+    starts_c1 = jnp.asarray(sharding.order(T, shards)[::t, None]) + first
+    ahead_cM = jnp.where(place < S, place, place - M)[None] - starts_c1
     edge = relative.distance
     of = jnp.asarray(buckets(relative, causal=causal))
-    bucket_M = of[jnp.clip(ahead_M, -edge, edge) + edge]
-    hot_Mn = jax.nn.one_hot(bucket_M, relative.buckets, dtype=jnp.float32)
-    by_NM = jnp.einsum("nb,mb->nm", table_Nn.astype(jnp.float32), hot_Mn)
+    bucket_cM = of[jnp.clip(ahead_cM, -edge, edge) + edge]
+    hot_cMn = jax.nn.one_hot(bucket_cM, relative.buckets, dtype=jnp.float32)
+    by_NcM = jnp.einsum("nb,cmb->ncm", table_Nn.astype(jnp.float32), hot_cMn)
     # A row a query, each shifted by one against the one before: lines of M laid out as M - 1.
     R, N = sharding.current().size("batch"), len(table_Nn)
-    over = sharding.spec("batch", "heads", None)
-    lines = jnp.broadcast_to(by_NM[None, :, None], (R, N, T, M))
-    lines = jax.sharding.reshard(lines, sharding.spec("batch", "heads", None, None))
-    lines = lines.reshape(R, N, T * M, out_sharding=over)[:, :, : T * (M - 1)]
-    over = sharding.spec("batch", "heads", None, None)
-    return lines.reshape(R, N, T, M - 1, out_sharding=over)[..., :S]
+    over = sharding.spec("batch", "heads", "length", None, None)
+    # Its transpose adds up a device's own rows first, then those of all: an all-reduce.
+    lines = jax.lax.broadcast_in_dim(
+        jax.sharding.reshard(by_NcM, sharding.spec("heads", "length", None)),
+        (R, N, c, t, M), (1, 2, 4), out_sharding=over,
+    )  # fmt: skip
+    flat = sharding.spec("batch", "heads", "length", None)
+    lines = lines.reshape(R, N, c, t * M, out_sharding=flat)[..., : t * (M - 1)]
+    lines = lines.reshape(R, N, c, t, M - 1, out_sharding=over)
+    chunks = np.split(sharding.order(S, shards), c)
+    found = jnp.concatenate([lines[..., k[0] : k[-1] + 1] for k in chunks], -1)
+    return found.reshape(R, N, T, S, out_sharding=flat)

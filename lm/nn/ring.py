@@ -3,8 +3,8 @@
 `ring`: keys and values travel round the devices, each of which adds what its queries see of them to
 what they have seen (Liu et al. 2023, "Ring attention with blockwise transformers"); in the backward
 they travel again and take their gradient along. `gather`: every device gathers all keys and values
-(Llama 3, §3.3.2). Both keep shards only for the backward: q, k, v, ids, the output and its
-log-sum-exp.
+(Llama 3, §3.3.2). All keep shards only for the backward: q, k, v, ids, the output and its
+log-sum-exp. With learned scores of distances the keys are gathered, and the scores formed, twice.
 
 Shapes, of one device: B batch, T queries, S keys, K kv heads, G query heads for each, H head dim.
 """
@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lm import sharding
-from lm.nn import blockwise, manual
+from lm.nn import blockwise, manual, quadratic
 from lm.nn.blockwise import NEG, Mask, Tokens
 
 Shared = tuple[Array, Array, Tokens]  # keys, values and what they belong to
@@ -47,6 +47,7 @@ def attention(
     v_BSKH: Float[Array, "B S K H"],
     q_tokens: Tokens,
     kv_tokens: Tokens,
+    bias_RKGTS: Float[Array, "R K G T S"] | None = None,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T"]]:
     """Returns the attention output and the log-sum-exp of each query's scores (fp32).
 
@@ -61,23 +62,37 @@ def attention(
         v_BSKH: values.
         q_tokens: positions and segments of the queries.
         kv_tokens: those of keys and values.
+        bias_RKGTS: added to the scores, once for each device with rows of its own; gathered only.
     """
-    layout = sharding.current()
+    layout, scored = sharding.current(), bias_RKGTS is not None
+    assert how == "gather" or not scored
     plan = Plan(
         mask=dataclasses.replace(mask, ordered=False),
         block=block,
         axes=layout.axes("length"),
         devices=layout.size("length"),
     )
-    forward, backward = {
-        "ring": (_ring_forward, _ring_backward),
-        "gather": (_gather_forward, _gather_backward),
-    }[how]
     q_spec = sharding.spec("batch", "length", "kv_heads", None, None)
     kv_spec = sharding.spec("batch", "length", "kv_heads", None)
     ids = (sharding.spec("batch", "length"),) * 4
     outs = (q_spec, sharding.spec("batch", "kv_heads", None, "length"))
     ins = (q_spec, kv_spec, kv_spec, *ids)
+    if scored:
+        ins = (*ins, sharding.spec("batch", "kv_heads", None, "length", None))
+    call = _differentiable(plan, "scored" if scored else how, ins, outs)
+    return call(
+        q_BTKGH, k_BSKH, v_BSKH, q_tokens.positions, q_tokens.segments,
+        kv_tokens.positions, kv_tokens.segments, *([bias_RKGTS] if scored else []),
+    )  # fmt: skip
+
+
+def _differentiable(plan: Plan, how: str, ins: Any, outs: Any) -> Callable[..., Any]:
+    """Returns the region of one way to attend, with the gradient that is written for it."""
+    forward, backward = {
+        "ring": (_ring_forward, _ring_backward),
+        "gather": (_gather_forward, _gather_backward),
+        "scored": (_scored_forward, _scored_backward),
+    }[how]
 
     @jax.custom_vjp
     def call(*args: Any) -> Any:
@@ -89,14 +104,12 @@ def attention(
 
     def bwd(saved: Any, cotangents: Any) -> Any:
         body = functools.partial(backward, plan)
-        run = manual.region(body, (*ins, *outs, *outs), ins[:3])
-        return (*run(*saved, *cotangents), None, None, None, None)
+        run = manual.region(body, (*ins, *outs, *outs), (*ins[:3], *ins[7:]))
+        dq, dk, dv, *d_bias = run(*saved, *cotangents)
+        return (dq, dk, dv, None, None, None, None, *d_bias)
 
     call.defvjp(fwd, bwd)
-    return call(
-        q_BTKGH, k_BSKH, v_BSKH, q_tokens.positions, q_tokens.segments,
-        kv_tokens.positions, kv_tokens.segments,
-    )  # fmt: skip
+    return call
 
 
 def _ring_forward(plan: Plan, q, k, v, q_pos, q_seg, kv_pos, kv_seg) -> Result:
@@ -161,11 +174,35 @@ def _gather_backward(
         plan.mask, plan.block, q, all_k, all_v, Tokens(q_pos, q_seg), kv_tokens, g, lse,
         delta,
     )  # fmt: skip
-    dk, dv = (
-        lax.psum_scatter(d, plan.axes, scatter_dimension=1, tiled=True)
-        for d in (dk, dv)
-    )
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    dk, dv = (_home(plan, d, k.dtype) for d in (dk, dv))
+    return dq.astype(q.dtype), dk, dv
+
+
+def _scored_forward(plan: Plan, q, k, v, q_pos, q_seg, kv_pos, kv_seg, bias) -> Result:
+    all_k, all_v, kv_tokens = _gathered(plan, (k, v, Tokens(kv_pos, kv_seg)))
+    given = q, all_k, all_v, Tokens(q_pos, q_seg), kv_tokens, bias
+    return quadratic.attention(plan.mask, True, *given)
+
+
+def _scored_backward(
+    plan: Plan, q, k, v, q_pos, q_seg, kv_pos, kv_seg, bias, out, lse, g, g_lse
+) -> tuple[Array, Array, Array, Array]:
+    all_k, all_v, kv_tokens = _gathered(plan, (k, v, Tokens(kv_pos, kv_seg)))
+
+    def again(q: Array, k: Array, v: Array, bias: Array) -> Result:
+        given = q, k, v, Tokens(q_pos, q_seg), kv_tokens, bias
+        return quadratic.attention(plan.mask, True, *given)
+
+    _, vjp = jax.vjp(again, q, all_k, all_v, bias)
+    dq, dk, dv, d_bias = vjp((g, g_lse))
+    dk, dv = (_home(plan, d.astype(jnp.float32), k.dtype) for d in (dk, dv))
+    return dq, dk, dv, d_bias
+
+
+def _home(plan: Plan, d: Array, dtype: Any) -> Array:
+    """Returns this device's share of the sum of what all have of a gradient."""
+    d = lax.psum_scatter(d, plan.axes, scatter_dimension=1, tiled=True)
+    return d.astype(dtype)
 
 
 def _share(plan: Plan, q: Array, q_tokens: Tokens, shared: Shared) -> Result:

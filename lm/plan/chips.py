@@ -13,6 +13,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lm import heap
+
 TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
@@ -27,7 +29,7 @@ class Chip:
     reach: float  # share of it that large products have been seen to take
     fp8: float  # the same; bf16's where it has none of its own
     int8: float
-    hbm: int  # bytes
+    hbm: int  # bytes that programs can have, without `reserved`
     bandwidth: float  # of the HBM, bytes a second
     torus: int  # dimensions of the torus that near links form; 0: a switch joins a host
     links: float  # bytes a second over all near links
@@ -36,6 +38,7 @@ class Chip:
     host_chips: int
     host_ram: int  # bytes
     largest: int  # chips that near links join at most
+    reserved: int = 0  # bytes of HBM that the runtime keeps, or does not take
     sources: dict[str, str]
 
     @property
@@ -54,6 +57,14 @@ class Chip:
         return max(2 * self.torus, 1)
 
 
+def _memory(there: float, left: float | None = None) -> dict[str, int]:
+    """Returns the HBM of a chip, in GiB, as programs find it."""
+    left = heap.TAKEN * there if left is None else left
+    return {"hbm": round(left * GIB), "reserved": round((there - left) * GIB)}
+
+
+# Of TPUs, XLA says how much "available HBM" there is when a program is too large.
+SAID = "said by libtpu 0.0.42"
 TPU = "docs.cloud.google.com/tpu/docs/"
 WATTS_7X = "blog.google, Ironwood: nearly 10 MW for a pod of 9216"
 WATTS_V6E = "twice 7x's operations a joule less: blog.google, Ironwood, fp8 peak a watt"
@@ -71,12 +82,13 @@ CHIPS = {
         Chip(
             name="v4", kinds=("TPU v4",), platform="tpu",
             bf16=275 * TERA, fp8=275 * TERA, int8=275 * TERA,
-            reach=0.9, hbm=32 * GIB, bandwidth=1200 * GIGA,
+            reach=0.9, **_memory(32, 30.5), bandwidth=1200 * GIGA,
             torus=3, links=300 * GIGA, network=6.25 * GIGA,
             watts=192, host_chips=4, host_ram=407 * 10**9, largest=4096,
             sources={
                 "reach": ASSUMED,
                 "bf16 int8 hbm bandwidth watts largest": f"{TPU}v4",
+                "reserved": f"{SAID}, of each of two cores",
                 "fp8": "computed in bf16",
                 "torus links": f"{TPU}system-architecture-tpu-vm: 2400 Gb/s, 3D torus",
                 "network": "as v5p, the chip of the same class: not published",
@@ -86,12 +98,13 @@ CHIPS = {
         Chip(
             name="v5e", kinds=("TPU v5 lite", "TPU v5e"), platform="tpu",
             bf16=197 * TERA, fp8=197 * TERA, int8=393 * TERA,
-            reach=0.9, hbm=16 * GIB, bandwidth=819 * GIGA,
+            reach=0.9, **_memory(16, 15.75), bandwidth=819 * GIGA,
             torus=2, links=200 * GIGA, network=3.125 * GIGA,
             watts=155, host_chips=8, host_ram=512 * GIB, largest=256,
             sources={
                 "reach": ASSUMED,
                 "bf16 int8 hbm bandwidth torus largest": f"{TPU}v5e",
+                "reserved": SAID,
                 "fp8": "computed in bf16",
                 "links": f"{TPU}v5e: 400 GB/s bidirectional",
                 "network": f"{TPU}v6e: hosts of 8 with 2 x 100 Gb/s",
@@ -108,6 +121,7 @@ CHIPS = {
             sources={
                 "reach": ASSUMED,
                 "bf16 fp8 hbm bandwidth torus largest": f"{TPU}v5p",
+                "reserved": f"{SAID}: 95.74 GiB are left, all that is published",
                 "int8": "cloud.google.com/blog, TPU v5p: 918 TOPS",
                 "links": f"{TPU}v5p: 1200 GB/s bidirectional",
                 "network": f"{TPU}v5p: 50 Gb/s a chip",
@@ -118,12 +132,13 @@ CHIPS = {
         Chip(
             name="v6e", kinds=("TPU v6",), platform="tpu",
             bf16=918 * TERA, fp8=918 * TERA, int8=1836 * TERA,
-            reach=0.9, hbm=32 * GIB, bandwidth=1640 * GIGA,
+            reach=0.9, **_memory(32, 31.25), bandwidth=1640 * GIGA,
             torus=2, links=400 * GIGA, network=12.5 * GIGA,
             watts=432, host_chips=8, host_ram=1536 * GIB, largest=256,
             sources={
                 "reach": ASSUMED,
                 "bf16 fp8 int8 hbm bandwidth torus largest": f"{TPU}v6e",
+                "reserved": SAID,
                 "links": f"{TPU}v6e: 800 GB/s bidirectional",
                 "network": f"{TPU}v6e: 100 Gb/s a chip",
                 "watts": WATTS_V6E,
@@ -133,12 +148,13 @@ CHIPS = {
         Chip(
             name="7x", kinds=("TPU7x", "TPU v7"), platform="tpu",
             bf16=2307 * TERA, fp8=4614 * TERA, int8=4614 * TERA,
-            reach=0.9, hbm=192 * GIB, bandwidth=7380 * GIGA,
+            reach=0.9, **_memory(192, 187.5), bandwidth=7380 * GIGA,
             torus=3, links=600 * GIGA, network=12.5 * GIGA,
             watts=1085, host_chips=4, host_ram=960 * 10**9, largest=9216,
             sources={
                 "reach": ASSUMED,
                 "bf16 fp8 hbm bandwidth largest": f"{TPU}tpu7x",
+                "reserved": "assumed, the share of v6e",
                 "int8": "as fp8: not published",
                 "torus": f"{TPU}tpu7x: like v5p",
                 "links": f"{TPU}tpu7x: 1200 GB/s bidirectional",
@@ -150,7 +166,7 @@ CHIPS = {
         Chip(
             name="a100", kinds=("A100",), platform="gpu",
             bf16=312 * TERA, fp8=312 * TERA, int8=624 * TERA,
-            reach=0.87, hbm=80 * GIB, bandwidth=2039 * GIGA,
+            reach=0.87, **_memory(80), bandwidth=2039 * GIGA,
             torus=0, links=300 * GIGA, network=25 * GIGA,
             watts=400, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={
@@ -164,7 +180,7 @@ CHIPS = {
         Chip(
             name="h100", kinds=("H100",), platform="gpu",
             bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA,
-            reach=0.8, hbm=84_929_347_584, bandwidth=3350 * GIGA,
+            reach=0.8, **_memory(84_929_347_584 / GIB), bandwidth=3350 * GIGA,
             torus=0, links=450 * GIGA, network=50 * GIGA,
             watts=700, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={
@@ -178,7 +194,7 @@ CHIPS = {
         Chip(
             name="h200", kinds=("H200",), platform="gpu",
             bf16=989 * TERA, fp8=1979 * TERA, int8=1979 * TERA,
-            reach=0.8, hbm=141 * 10**9, bandwidth=4800 * GIGA,
+            reach=0.8, **_memory(141e9 / GIB), bandwidth=4800 * GIGA,
             torus=0, links=450 * GIGA, network=50 * GIGA,
             watts=700, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={
@@ -191,7 +207,7 @@ CHIPS = {
         Chip(
             name="b200", kinds=("B200",), platform="gpu",
             bf16=2250 * TERA, fp8=4500 * TERA, int8=4500 * TERA,
-            reach=0.78, hbm=180 * 10**9, bandwidth=8000 * GIGA,
+            reach=0.78, **_memory(180e9 / GIB), bandwidth=8000 * GIGA,
             torus=0, links=900 * GIGA, network=50 * GIGA,
             watts=1000, host_chips=8, host_ram=2 * 10**12, largest=8,
             sources={

@@ -34,6 +34,8 @@ from lm.program import Program, program
 CHILD = ("-m", "lm.plan.compiling")  # arguments of Python
 FOLDER = "compiled"  # within the cache
 WAIT = 0.5  # seconds between looks at the child
+# Of lm/plan no step depends on what else is there: the model of a cost does not change it.
+MINE = ("collectives", "compiling", "local", "report", "target", "topology")
 FULL = "RESOURCE_EXHAUSTED"  # what compilers say of a program too large
 
 
@@ -67,9 +69,16 @@ def compiled(
 def _path(experiment: Experiment, target: Target) -> pathlib.Path:
     plugins = [n.replace("_", "-") for n in topology.PLUGINS[target.chip.platform]]
     there = [n for n in plugins if any(importlib.metadata.distributions(name=n))]
+    names = (p.name for p in pathlib.Path(__file__).parent.glob("*.py"))
+    others = tuple(sorted(f"plan/{n}" for n in names if n[:-3] not in MINE))
     whole = (
         json.dumps(config.to_json(experiment), sort_keys=True),
-        *(target.name, sys.version, executables.source(), executables.versions(there)),
+        *(
+            target.name,
+            sys.version,
+            executables.source(others),
+            executables.versions(there),
+        ),
         *(os.environ.get(name, "") for name in executables.OPTIONS),
     )
     key = hashlib.sha256(repr(whole).encode()).hexdigest()

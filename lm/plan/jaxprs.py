@@ -64,6 +64,10 @@ class Unsaid:
     rows: float = 1.0  # share of the room for rows of experts that is in use
     late: bool = False  # gradients of weights are formed when a layer's own is done
     beside: float = 0.0  # bytes that pass in the time of one operation of a product
+    through: bool = False  # products do the elementwise work beside them
+    copied: bool = (
+        False  # what a kernel reads of a loop's arrays is cut out of them first
+    )
 
 
 class _Value:
@@ -208,7 +212,12 @@ class _Walk:
             return self.kernel(ins, sizes)
         if attend.IN_NAME in (kernel := eqn.params.get("target_name", name)):
             return self.kernel(ins, sizes, flops=local.attention(eqn, kernel))
-        return [self.fused(ins, n, part=name in PARTS) for n in sizes]
+        outs = [self.fused(ins, n, part=name in PARTS) for n in sizes]
+        whole = ins[0].buffer if name in PARTS and ins else None
+        if whole and not whole.held and 2 * sum(sizes) < whole.size:
+            for v in outs:  # cut out now, so that the rest can go
+                self.store(v)
+        return outs
 
     def fused(self, ins: Sequence[_Value], n: int, part: bool = False) -> _Value:
         """Elementwise work: done where it is read."""
@@ -249,6 +258,7 @@ class _Walk:
         inner = whole + found.gathered
         share = self.unsaid.rows if "ragged" in eqn.primitive.name else 1.0
         more = {"flops": found.flops * share, "inner": inner, "gathered": inner}
+        more["product"] = True
         return self.kernel(ins, [n], stored=True, **more)[0]
 
     def update(self, ins: list[_Value], n: int) -> _Value:
@@ -319,17 +329,20 @@ class _Walk:
         one = _products(eqn.params["jaxpr"])
         flops = one * math.prod(largest.shape[:-2]) * self.unsaid.pairs
         for value, var in zip(ins, eqn.invars, strict=True):
-            buffer = self.store(value)
-            buffer.size = max(buffer.size, local.tiled(var.aval))
+            buffer, room = self.store(value), local.tiled(var.aval)
+            if buffer.held and self.unsaid.copied and self.length > 1:
+                value.buffer = Buffer(room)
+                copy = Kernel({buffer: buffer.size}, (value.buffer,))
+                self.kernels.insert(0, copy)
+            buffer.size = max(buffer.size, room)
         sizes = [local.tiled(v.aval) for v in eqn.outvars]
         return self.kernel(ins, sizes, stored=True, flops=flops)
 
     def total(self, outs: Sequence[Buffer], carried: int | None = None) -> Total:
         """Returns what all kernels cost, see `kernels.total`."""
-        late = self.unsaid.late
-        return kernels.total(
-            self.kernels, outs, carried, late, self.loops, self.unsaid.beside
-        )
+        said = self.unsaid
+        more = self.loops, said.beside, said.through
+        return kernels.total(self.kernels, outs, carried, said.late, *more)
 
 
 def _products(jaxpr: Any) -> float:

@@ -40,6 +40,7 @@ class Kernel:
     gathered: int = 0  # of these, by collectives
     waited: float | None = None  # of a loop, see `Total`
     fused: bool = False  # elementwise: may write where it reads
+    product: bool = False
     into: Buffer | None = None  # changed in its place
 
 
@@ -50,6 +51,7 @@ def total(
     late: bool = False,
     loops: Sequence[Total] = (),
     beside: float = 0.0,
+    through: bool = False,
 ) -> Total:
     """Returns what kernels cost of which results need something.
 
@@ -61,7 +63,10 @@ def total(
         late: what those that stay do not need comes after what they do.
         loops: for `Total.loops`.
         beside: bytes that pass in the time of one operation of a product.
+        through: products do the elementwise work on what they read and on what they make.
     """
+    if through:
+        kernels = _joined(kernels, outs)
     there = _needed(kernels, outs)
     if late and carried:
         there = list(dict.fromkeys([*_needed(kernels, outs[:carried]), *there]))
@@ -100,6 +105,52 @@ def _needed(kernels: Sequence[Kernel], outs: Sequence[Buffer]) -> list[Kernel]:
             wanted |= k.reads.keys()
             found.append(k)
     return found[::-1]
+
+
+def _joined(kernels: Sequence[Kernel], outs: Sequence[Buffer]) -> list[Kernel]:
+    """Returns the kernels with elementwise work done in products, as XLA for TPUs does it.
+
+    What one product alone reads is formed as it reads it; and what only elementwise work reads of
+    a product is never stored, if all else that this reads is there before.
+    """
+    there = [dataclasses.replace(k) for k in _needed(kernels, outs)]
+    place = {b: i for i, k in enumerate(there) for b in k.writes}
+    readers: dict[Buffer, list[Kernel]] = {b: [] for b in (*place, *outs)}
+    for k in there:
+        for b in k.reads:
+            readers.setdefault(b, []).append(k)
+    final, gone = set(outs), set[Kernel]()
+
+    def own(k: Kernel) -> bool:  # nothing but its readers needs what it makes
+        return k.into is None and final.isdisjoint(k.writes)
+
+    for k in there:
+        users = {r for b in k.writes for r in readers[b]}
+        if k.fused and own(k) and len(users) == 1 and (r := users.pop()).product:
+            kept = {b: n for b, n in r.reads.items() if b not in k.writes}
+            r.reads = _most(kept, k.reads)
+            gone.add(k)
+            for b in k.reads:
+                readers[b] = [x for x in readers[b] if x is not k] + [r]
+    for i, k in enumerate(there):
+        users = list(dict.fromkeys(x for b in k.writes for x in readers[b]))
+        others = {b for r in users for b in r.reads} - set(k.writes)
+        ready = all(place.get(b, -1) < i for b in others)
+        if k.product and own(k) and users and ready and all(r.fused for r in users):
+            kept = [{b: r.reads[b] for b in others & r.reads.keys()} for r in users]
+            k.reads = _most(k.reads, *kept)
+            k.writes = tuple(b for r in users for b in r.writes)
+            gone.update(users)
+    return [k for k in there if k not in gone]
+
+
+def _most(*reads: Mapping[Buffer, int]) -> dict[Buffer, int]:
+    """Returns how much is read of each array by who reads most."""
+    found: dict[Buffer, int] = {}
+    for one in reads:
+        for b, n in one.items():
+            found[b] = max(n, found.get(b, 0))
+    return found
 
 
 def _traffic(k: Kernel) -> float:

@@ -7,7 +7,7 @@ own policy of what the backward computes again: nothing is compiled and no array
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import gathering, gradients, objectives, sharding, train, trees
-from lm.models import stack
-from lm.models.encoder_decoder import EncoderDecoder
+from lm import batches, gathering, gradients, objectives, sharding, train, trees
+from lm.models import encoder_decoder, stack
+from lm.models.encoder_decoder import ENCODER, EncoderDecoder
 from lm.nn.blockwise import Tokens
-from lm.plan import jaxprs, local, pairs
+from lm.plan import jaxprs, pairs
 from lm.program import STACK, Program
 
 REPEATS = 2  # layers that are traced: fewer would be no loop
@@ -64,7 +64,7 @@ class Group:
 class Costs:
     """Of a model's parts.
 
-    Of a pipeline's stage the one group is the chunk of layers that it runs at a time, once for
+    Of a pipeline's stage a group is the chunk of layers of a stack that it runs at a time, once for
     each of its rounds. Its backward runs it forward again, with what `kept` says, and that is
     counted in the backward; from tick to tick a stage keeps the chunk's input only.
     """
@@ -74,41 +74,10 @@ class Costs:
     head: Cost  # norm, logits and loss, whose forward forms the gradient too
 
 
-def costs(prog: Program, rough: bool = False) -> Costs:
-    """Returns what the parts of a model cost a device, for one microbatch.
-
-    Where it may be `rough`, as for thousands of candidates, costs are read from traces of one and
-    of two rows and grow with the rows, and weights that are stored in shares have two.
-    """
-    count = rows(prog)
-    if not rough:
-        return _costs(prog, count)
-    mesh = prog.layout.mesh.shape
-    shares = {a: min(mesh[a], 2) for a in sharding.GATHERED}
-    prog = dataclasses.replace(prog, layout=_sized(prog.layout, shares))
-    if count <= 2:
-        return _costs(prog, count)
-    return _grown(_costs(prog, 1), _costs(prog, 2), count)
-
-
-def _costs(prog: Program, count: int) -> Costs:
-    trace = _Trace(prog, count)
-    if isinstance(prog.experiment.model, EncoderDecoder.Config):
-        blocks = [trace.both()]
-    else:
-        blocks = [trace.chunk()] if prog.staged else trace.groups()
-    return Costs(blocks=tuple(blocks), embed=trace.embed(), head=trace.head())
-
-
-def _grown(one: Any, two: Any, count: int) -> Any:
-    """Returns costs of so many rows by those of one and of two: a line through both."""
-    if isinstance(one, tuple):
-        return tuple(_grown(a, b, count) for a, b in zip(one, two, strict=True))
-    if isinstance(one, Cost | Group | Costs):
-        both = {n: (v, getattr(two, n)) for n, v in vars(one).items() if n != "what"}
-        grown = {n: _grown(*pair, count) for n, pair in both.items()}
-        return dataclasses.replace(one, **grown)
-    return type(one)(one + (count - 1) * (two - one))
+def costs(prog: Program) -> Costs:
+    """Returns what the parts of a model cost a device, for one microbatch."""
+    trace = Trace(prog, rows(prog))
+    return Costs(blocks=tuple(trace.blocks()), embed=trace.embed(), head=trace.head())
 
 
 def rows(prog: Program) -> int:
@@ -117,23 +86,18 @@ def rows(prog: Program) -> int:
     return prog.experiment.train.batch_size // (parts * prog.layout.size("batch"))
 
 
-def stream(prog: Program) -> int:
-    """Returns the bytes of a microbatch's residual stream on a device."""
-    trace = _Trace(prog, rows(prog))
-    return local.size(trace.stream(trace.inner))
+def stream(prog: Program, name: str = STACK) -> int:
+    """Returns the bytes of a microbatch's residual stream on a device, in a stack."""
+    row = batches.row(prog.experiment.objective, prog.experiment.data)
+    tokens = rows(prog) * row["inputs" if name == ENCODER else "tokens"].shape[0]
+    item = prog.experiment.model.compute(prog.layout.platform).itemsize
+    return tokens // prog.layout.size("residual") * prog.experiment.model.dim * item
 
 
-_known: dict[Any, Any] = {}
+_known: dict[Any, Cost] = {}
 
 
-def _once(key: Any, make: Callable[[], Any]) -> Any:
-    """Returns what was made for this key: a search asks for the same layers again and again."""
-    if key not in _known:
-        _known[key] = make()
-    return _known[key]
-
-
-class _Trace:
+class Trace:
     """Traces the parts of a program, on a mesh without replicas: each has the same to do.
 
     A vmap stands for the replicas in the step (`gradients.apart`), and for the stages around a
@@ -153,22 +117,34 @@ class _Trace:
         self.key = (
             *(_repr(e.model), repr(e.objective), e.data.length, e.data.isolate),
             *(self.rows, prog.whole, prog.layout.platform, rules),
-            *(str(ends.layout.mesh.shape), prog.places.shape, prog.places.tobytes()),
         )
 
-    def _once(self, what: str, make: Callable[[], Cost], number: int = 0) -> Cost:
-        """Returns layers' costs, which depend on what the backward computes again."""
-        return _once((what, number, self.remat, *self.key), make)
+    def _once(self, make: Callable[[], Cost], prog: Program, *what: Any) -> Cost:
+        """Returns a part's costs: a search asks for the same ones again and again."""
+        key = (*what, tuple(prog.layout.mesh.shape.values()), *self.key)
+        if key not in _known:
+            _known[key] = make()
+        return _known[key]
+
+    def blocks(self) -> list[Group]:
+        """All layers, as a device runs them."""
+        if self.inner.staged:
+            return [self.chunk(name) for name in self.inner.stacks]
+        two = isinstance(self.model, EncoderDecoder.Config)
+        return [self.both()] if two else self.groups()
 
     def groups(self) -> list[Group]:
         """Layers as they are stacked, of each stack two units one after another."""
         units = stack.grouped(self.model.blocks)
         return [
             Group(
-                what=_words(unit),
+                what=pairs.words(unit),
                 count=count,
                 layers=len(unit),
-                cost=self._once("group", functools.partial(self._group, i), i),
+                cost=self._once(
+                    functools.partial(self._group, i),
+                    *(self.inner, "group", i, self.remat),
+                ),
             )
             for i, (count, unit) in enumerate(units)
         ]
@@ -189,40 +165,43 @@ class _Trace:
         given = (params[STACK], self.stream(prog))
         return self._traced(prog, run, given, (side, some), unit, loop=True)
 
-    def chunk(self) -> Group:
-        """The layers that a stage runs at a time."""
-        blocks = self.model.blocks
-        made = self._once("chunk", self._chunk)
-        _, v, n = self.inner.places.shape
-        return Group(what=_words(blocks), count=v, layers=n, cost=made)
+    def chunk(self, name: str) -> Group:
+        """The layers of a stack that a stage runs at a time."""
+        places = self.inner.stacks[name].layers
+        key = "chunk", name, self.remat, places.shape, places.tobytes()
+        run = functools.partial(self._chunk, name)
+        made = self._once(run, self.inner, *key)
+        _, v, n = places.shape
+        words = pairs.words(self.model.stacks[name])
+        return Group(what=words, count=v, layers=n, cost=made)
 
-    def _chunk(self) -> Cost:
+    def _chunk(self, name: str) -> Cost:
         prog, params = self.inner, _params(self.inner, None)
-        side, some = self._side(params), _batch(prog, self.rows)
+        side, some = self._side(params, name), self._batch(prog, name)
+        looks = ENCODER in prog.stacks and name == STACK
+        source = self.stream(prog, ENCODER) if looks else None
 
-        def run(layers: Any, x: Any, side: Any, some: Any) -> Any:
-            model = prog.model({**params, STACK: layers})
-            ids = jnp.arange(prog.places.shape[-1], dtype=jnp.int32)
-            x, aux = model.stage(x, side, prog.chunks, ids)
+        def run(layers: Any, x: Any, source: Any, side: Any, some: Any) -> Any:
+            part = prog.model({**params, name: layers}).part(name)
+            if source is not None:
+                side = encoder_decoder.looking(side, some, source)
+            places = prog.stacks[name]
+            ids = jnp.arange(places.layers.shape[-1], dtype=jnp.int32)
+            x, aux = part.stage(x, side, places, ids)
             loss, sums = objectives.layers(aux, some)
             return (x, jnp.float32(loss)), sums
 
-        given = (params[STACK], self.stream(prog))
-        blocks = self.model.blocks
+        given = (params[name], self.stream(prog, name), source)
+        blocks = () if ENCODER in prog.stacks else self.model.blocks
         cost = self._traced(prog, run, given, (side, some), blocks, loop=False)
-        return dataclasses.replace(
-            cost,
-            flops_backward=cost.flops_forward + cost.flops_backward,
-            bytes_backward=cost.bytes_forward + cost.bytes_backward,
-            waited_backward=cost.waited_forward + cost.waited_backward,
-        )
+        return again(cost)
 
     def both(self) -> Group:
         """Two stacks with all their layers, and the embedding of what the encoder reads."""
         model = self.model
         assert isinstance(model, EncoderDecoder.Config)
         blocks = (*model.encoder_blocks, *model.blocks)
-        cost = self._once("both", self._both)
+        cost = self._once(self._both, self.ends, "both", self.remat)
         return Group(what="encoder and decoder", count=1, layers=len(blocks), cost=cost)
 
     def _both(self) -> Cost:
@@ -235,23 +214,28 @@ class _Trace:
         return self._traced(prog, run, (params,), (_batch(prog, self.rows),))
 
     def embed(self) -> Cost:
-        """The embedding."""
-        return _once(("embed", *self.key), self._embed)
+        """The embedding, on stages of what is read, too: else it is part of `both`."""
+        return self._once(self._embed, self.ends, "embed", self.inner.staged)
 
     def _embed(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
-        rest = {k: v for k, v in params.items() if k != STACK}
+        rest = {k: v for k, v in params.items() if k not in prog.stacks}
 
-        def run(rest: Any, some: Any) -> Any:
-            model = prog.model({**params, **rest})
-            keys = gradients.row_keys(prog, some, jnp.int32(0))
-            return model.embed(some["tokens"], some["positions"], keys), None
+        def run(rest: Any, rows: Any) -> Any:
+            found = []
+            for name, some in rows.items():
+                part = prog.model({**params, **rest}).part(name)
+                keys = gradients.row_keys(prog, some, jnp.int32(0))
+                found.append(part.embed(some["tokens"], some["positions"], keys))
+            return found, None
 
-        return self._traced(prog, run, (rest,), (_batch(prog, self.rows),))
+        names = prog.stacks if prog.staged else (STACK,)
+        rows = {name: self._batch(prog, name) for name in names}
+        return self._traced(prog, run, (rest,), (rows,))
 
     def head(self) -> Cost:
         """The last norm, the logits and the loss."""
-        return _once(("head", *self.key), self._head)
+        return self._once(self._head, self.ends, "head")
 
     def _head(self) -> Cost:
         prog, params = self.ends, _params(self.ends, None)
@@ -265,25 +249,30 @@ class _Trace:
         given = (rest, self.stream(prog))
         return self._traced(prog, run, given, (_batch(prog, self.rows),))
 
-    def stream(self, prog: Program) -> jax.ShapeDtypeStruct:
-        """Returns the shapes of the residual stream."""
-        tokens = _batch(prog, self.rows)["tokens"]
+    def stream(self, prog: Program, name: str = STACK) -> jax.ShapeDtypeStruct:
+        """Returns the shapes of the residual stream of a stack."""
+        tokens = self._batch(prog, name)["tokens"]
         dtype = self.model.compute(prog.layout.platform)
         with sharding.use(prog.layout):
             spec = sharding.spec("batch", "residual", None)
         return _shape(prog, (*tokens.shape, self.model.dim), dtype, spec)
 
-    def _side(self, params: Any) -> Any:
-        """The shapes of what every block gets besides the stream."""
+    def _batch(self, prog: Program, name: str) -> Any:
+        """The shapes of the rows that a stack has."""
+        some = _batch(prog, self.rows)
+        return encoder_decoder.rows(some) if name == ENCODER else some
+
+    def _side(self, params: Any, name: str = STACK) -> Any:
+        """The shapes of what every block of a stack gets besides the stream."""
         prog = self.inner
 
         def make(params: Any, some: Any) -> Any:
             keys = gradients.row_keys(prog, some, jnp.int32(0))
             tokens = Tokens(some["positions"], some["segments"])
-            return prog.model(params).side(tokens, keys, prog.packed)
+            return prog.model(params).part(name).side(tokens, keys, prog.packed)
 
         with sharding.use(prog.layout):
-            made = jax.eval_shape(make, params, _batch(prog, self.rows))
+            made = jax.eval_shape(make, params, self._batch(prog, name))
         return jax.tree.map(prog.abstract, made)
 
     def _traced(
@@ -339,6 +328,16 @@ class _Trace:
         )
 
 
+def again(cost: Cost) -> Cost:
+    """Returns the costs of layers whose backward runs their forward again."""
+    return dataclasses.replace(
+        cost,
+        flops_backward=cost.flops_forward + cost.flops_backward,
+        bytes_backward=cost.bytes_forward + cost.bytes_backward,
+        waited_backward=cost.waited_forward + cost.waited_backward,
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _repr(model: Any) -> str:
     """Returns a model's config as text, without what only its layers ask for."""
@@ -347,10 +346,10 @@ def _repr(model: Any) -> str:
 
 def _without(layout: sharding.Layout, axes: set[str]) -> sharding.Layout:
     """Returns the layout on an abstract mesh with one device along these mesh axes."""
-    return _sized(layout, dict.fromkeys(axes, 1))
+    return sized(layout, dict.fromkeys(axes, 1))
 
 
-def _sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
+def sized(layout: sharding.Layout, changes: dict[str, int]) -> sharding.Layout:
     """Returns the layout on an abstract mesh with so many devices along these mesh axes."""
     sizes = {**layout.mesh.shape, **changes}
     types = (AxisType.Explicit,) * len(sizes)
@@ -368,7 +367,7 @@ def _params(prog: Program, repeats: int | None) -> Any:
     found = {}
     for path, x in prog.shapes.items():
         shape, spec = x.shape, specs[path]
-        if path.split("/")[0] == STACK:
+        if prog.stacked(path):
             count = repeats or shape[0] // math.prod(prog.places.shape[:2])
             shape, spec = (count, *shape[1:]), P(None, *spec[1:])
         dtype = x.dtype
@@ -381,16 +380,3 @@ def _params(prog: Program, repeats: int | None) -> Any:
 def _shape(prog: Program, shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
     place = NamedSharding(prog.layout.mesh, spec)  # type: ignore[arg-type]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def _words(blocks: Sequence[stack.Block.Config]) -> str:
-    """The kinds of layers there are, in words."""
-    kinds = []
-    for block in blocks:
-        parts = [
-            type(c).__qualname__.split(".")[0] for c in (block.mixer, block.ffn) if c
-        ]
-        window = getattr(block.mixer, "window", None)
-        parts[0] += f" {window}" if window else ""
-        kinds.append(" + ".join(parts))
-    return ", ".join(dict.fromkeys(kinds))

@@ -1,6 +1,7 @@
 """A device's own part of arrays and of products, from the types of a traced program."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,14 +17,17 @@ LANES = (
 
 def local(aval: Any) -> tuple[int, ...]:
     """Returns the shape of a device's part of an array."""
-    shape = getattr(aval, "shape", ())
+    shape = tuple(getattr(aval, "shape", ()))
     where = getattr(aval, "sharding", None)
-    if where is None:
-        return tuple(shape)
-    mesh = where.mesh.shape
-    over = [*where.spec, *[None] * (len(shape) - len(where.spec))]
+    return shape if where is None else _part(shape, where.spec, where.mesh)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _part(shape: tuple[int, ...], spec: Any, mesh: Any) -> tuple[int, ...]:
+    sizes = mesh.shape
+    over = [*spec, *[None] * (len(shape) - len(spec))]
     return tuple(
-        -(-n // math.prod(mesh[a] for a in sharding.names(entry)))
+        -(-n // math.prod(sizes[a] for a in sharding.names(entry)))
         for n, entry in zip(shape, over, strict=True)
     )
 

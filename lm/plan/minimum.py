@@ -3,9 +3,10 @@
 Bytes are those that a device receives in one step (`collectives.received`: of n devices a sum
 takes 2 (n-1)/n of its operand, a reduce-scatter (n-1)/n, …). The minimum is that of this way to
 train, not of all ways: ZeRO-3 gathers a weight whenever it is used, a pipeline works in every tick
-of its timetable, idle stages too, and a tensor-parallel layer reduces what Megatron's does. Left
-out are loss scalars, ids, routers' counts and gradients of norms and biases: together below 1 % of
-a step with 4096 tokens a device or more and a width of 1024 or more.
+of its timetable, idle stages too, and a tensor-parallel layer reduces what Megatron's does. Two
+sums that XLA makes larger than they have to be are counted as it makes them, see
+`_Count.gradients`. Left out are loss scalars, ids, routers' counts and gradients of norms and
+biases: together below 1 % of a step with 4096 tokens a device or more and a width of 1024 or more.
 
 Letters, of one device in one pass: b rows, t tokens of a row, D embed, K kv heads, H head dim, E
 experts. C devices split the length.
@@ -166,6 +167,8 @@ class _Count:
         """
         for path, axes in self.prog.axes.items():
             over = tuple(a for a in self._split(path) if a in sharding.GATHERED)
+            if not over:
+                continue
             if self.held:
                 sent, _ = gathering.dtypes(self.prog, path)
                 whole = self._whole(path, over) * sent.itemsize
@@ -187,6 +190,10 @@ class _Count:
         where replicas add up apart (`lm.gradients.apart`), and so to the shares of a pipeline with
         `gather=step`. Else in the dtype of compute, the head's in fp32; of a tied embedding lookup
         and head have one gradient, the head's.
+
+        Not the least: a tied embedding in shares has two, for the head's is in its shares before
+        the lookup's is known. And under ZeRO-1 layers' gradients are reduced whole in the loop over
+        them, and cut after it.
         """
         tokens = self.layout.axes("batch") + self.layout.axes("length")
         for path, axes in self.prog.axes.items():
@@ -207,17 +214,23 @@ class _Count:
             times = self.passes.head if use == "head" else self.passes.backward
             whole = self._whole(path, parts) * part * item
             yield self.term(f"gradients: {use}", "reduce-scatter", parts, whole, times)
+            if path == "embed_vd" and self.model.tied:
+                looked = self._whole(path, parts) * self.item
+                often = self.passes.backward
+                yield self.term(
+                    "gradients: lookup", "reduce-scatter", parts, looked, often
+                )
             share = self._whole(path) * part * item
-            kinds = ["all-reduce"]
+            kind = in_loop = "all-reduce"
             if self.prog.updates[path] != self.prog.specs[path]:  # ZeRO-1
-                kinds = ["reduce-scatter"]
+                kind = "reduce-scatter"
+                in_loop = "all-reduce" if use == "layers" else kind
                 moved = self.layout.axes("replica")
                 stored = self._whole(path) * FP32
                 yield self.term("weights: ZeRO-1", "all-gather", moved, stored, 1)
-            for kind in kinds:
-                yield self.term(f"gradients: {use}", kind, rest, share, times)
-                once = self._whole(path) * FP32
-                yield self.term(f"gradients: {use}", kind, self.mapped, once, 1)
+            yield self.term(f"gradients: {use}", in_loop, rest, share, times)
+            once = self._whole(path) * FP32
+            yield self.term(f"gradients: {use}", kind, self.mapped, once, 1)
 
     def tensor(self) -> Iterable[Term]:
         """Megatron: the sum of attention's and of the feed-forward's output, and of the gradient

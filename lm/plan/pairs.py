@@ -31,12 +31,12 @@ def unsaid(prog: Program, blocks: Sequence[stack.Block.Config]) -> jaxprs.Unsaid
     # XLA for GPUs puts off what nothing waits for.
     late = prog.layout.platform == "gpu"
     beside = BESIDE[prog.layout.platform]
+    tpu = prog.layout.platform == "tpu"
+    how = jaxprs.Unsaid(rows=rows, late=late, beside=beside, through=tpu, copied=tpu)
     if not found:
-        return jaxprs.Unsaid(rows=rows, late=late, beside=beside)
+        return how
     pairs = sum(count for count, _ in found) / len(found)
-    return jaxprs.Unsaid(
-        pairs=pairs, hops=found[0][1], rows=rows, late=late, beside=beside
-    )
+    return dataclasses.replace(how, pairs=pairs, hops=found[0][1])
 
 
 def _pairs(prog: Program, block: stack.Block.Config) -> tuple[float, int] | None:
@@ -76,3 +76,16 @@ def _used(prog: Program, blocks: Sequence[stack.Block.Config]) -> float:
         return 1.0
     k, own = sparse[0].top_k, sparse[0].experts // n
     return k / (n * min(k, own))
+
+
+def words(blocks: Sequence[stack.Block.Config]) -> str:
+    """The kinds of layers there are, in words."""
+    kinds = []
+    for block in blocks:
+        parts = [
+            type(c).__qualname__.split(".")[0] for c in (block.mixer, block.ffn) if c
+        ]
+        window = getattr(block.mixer, "window", None)
+        parts[0] += f" {window}" if window else ""
+        kinds.append(" + ".join(parts))
+    return ", ".join(dict.fromkeys(kinds))

@@ -27,7 +27,7 @@ class Memory:
     layer: int  # of the layer that is computed, or computed again
     loss: int  # of the chunk of tokens whose logits exist
     collectives: int  # what is gathered or sent, beside what it is made of
-    margin: int  # what allocators lose between blocks
+    margin: int  # code, and what allocators lose between blocks
 
     @property
     def total(self) -> int:

@@ -10,7 +10,7 @@ from etils import epath
 from lm import config
 from lm.config import ConfigError
 from lm.experiment import Experiment
-from lm.plan import compiling, make, page, search, target, tell, topology
+from lm.plan import compiling, make, page, search, target, tell, topology, walk
 from lm.plan.report import Candidate, Plan, to_json
 from lm.plan.target import Target
 
@@ -79,14 +79,14 @@ def _search(
             f"{done} candidates, best step {'none yet' if best is None else f'{best:.3g} s'}"
         )
 
-    found, count = search.search(experiment, wanted, progress)
-    if not found:
-        raise ConfigError(
-            f"--target={wanted.name}: none of {count} candidates fits into "
-            f"{wanted.chip.hbm / 2**30:.0f} GiB a device; use more devices, or a smaller model"
-        )
-    say(f"{count} candidates; of the best, looked at exactly, {len(found)} fit")
-    rows = search.ranked(found[:SHOWN], experiment)
+    result = walk.search(experiment, wanted, progress)
+    say(
+        f"{result.count} candidates, {result.closely} of them looked at closely; of the best, "
+        f"looked at exactly, {len(result.found)} fit"
+    )
+    if not result.found:
+        raise ConfigError(_none(result, wanted))
+    rows = search.ranked(result.found[:SHOWN])
     if depth == "compile":
         topology.check(wanted)
         rows = [
@@ -104,6 +104,20 @@ def _search(
     plan = make.plan(best, wanted, changes=rows[0].change, price=price)
     write(dataclasses.replace(plan, found=tuple(rows)), workdir)
     say(f"wrote the plan of the first to {workdir}/plan.json and plan.html")
+
+
+def _none(result: walk.Result, wanted: Target) -> str:
+    """Returns the line that says why nothing was found, with what came nearest."""
+    head = f"--target={wanted.name}: none of {result.count} candidates"
+    if result.nearest is None:
+        return f"{head} can run: {result.refusal or 'no mesh divides train.batch_size'}"
+    near, there = result.nearest, wanted.chip.hbm
+    sets = " ".join(f"--set {s}" for s in near.sets)
+    return (
+        f"{head} fits into {there / 2**30:.0f} GiB a device; the nearest needs "
+        f"{near.bytes / 2**30:.1f} GiB ({sets or 'the experiment as it is'}); use more devices, or "
+        "a smaller model"
+    )
 
 
 def _confirmed(

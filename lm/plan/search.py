@@ -1,30 +1,19 @@
-"""Which mesh, remat and pipeline are fastest on a target, by the model; and what to change.
+"""What the model says of an experiment with other values in some fields, and which to change.
 
-A candidate is an experiment with other values in some fields. Those that the experiment itself
-refuses, or that do not fit into memory, are left out.
+Changes that the experiment itself refuses, or that do not fit into memory, are left out.
 """
 
 import dataclasses
 import itertools
-import math
-import typing
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from lm import config, sharding, train
 from lm.config import ConfigError
 from lm.experiment import Experiment
-from lm.models import stack
-from lm.models.recurrent import Recurrent
-from lm.models.transformer import Transformer
-from lm.nn.moe import Moe
-from lm.plan import memory, speed
+from lm.plan import choices, layer, memory, scaled, speed
 from lm.plan.report import Advice, Candidate, Plan
 from lm.plan.target import Target
 from lm.program import Program
-
-KEPT = 12  # of the best candidates are looked at exactly
-REMATS = tuple(r for r in typing.get_args(stack.Remat) if r != "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +37,25 @@ def tried(
 ) -> Found | None:
     """Returns what the model says of the experiment with these changes, None if it is refused.
 
-    `rough` is milliseconds where layers like these were looked at before, see `layer.costs`.
+    `rough` is milliseconds where layers like these were looked at before, see `scaled.costs`.
     """
     try:
         changed = config.override(experiment, list(sets))
         prog = train.program(changed, wanted.layout(changed.mesh))
-        if rough and _state(prog) > wanted.chip.hbm:
-            return None  # nothing else needs to be looked at
-        held = memory.memory(prog, rough)
-        found = speed.predict(prog, wanted, rough)
+        return look(prog, wanted, scaled.costs(prog) if rough else None, sets)
     except ConfigError:
         return None
+
+
+def look(
+    prog: Program,
+    wanted: Target,
+    parts: layer.Costs | None = None,
+    sets: Sequence[str] = (),
+) -> Found:
+    """Returns what the model says of a program, of which `parts` may be known."""
+    held = memory.memory(prog, parts)
+    found = speed.predict(prog, wanted, parts)
     return Found(
         sets=tuple(sets),
         bytes=held.total,
@@ -69,16 +66,10 @@ def tried(
     )
 
 
-def _state(prog: Program) -> int:
-    """Bytes of parameters and optimizer on a device."""
-    there = memory.state(prog, rough=True)
-    return there.parameters + there.optimizer
-
-
 def neighbours(experiment: Experiment, layout: sharding.Layout) -> Iterator[list[str]]:
     """Yields changes of one thing: remat, accumulation, one mesh axis against another, …"""
     e, mesh = experiment, dict(layout.mesh.shape)
-    for remat in REMATS:
+    for remat in choices.REMATS:
         if remat != e.model.remat:
             yield [f"model.remat={remat}"]
     A = e.train.accumulate
@@ -143,100 +134,11 @@ def _apart(a: Sequence[str], b: Sequence[str]) -> bool:
     return len(set(names)) == len(names)
 
 
-def candidates(experiment: Experiment, wanted: Target) -> Iterator[tuple[str, ...]]:
-    """Yields the changes of every candidate: meshes x remat x accumulation x pipelines."""
-    e = experiment
-    for mesh in meshes(e, wanted):
-        base = [f"mesh.{a}={n}" for a, n in mesh.items()]
-        tensor = mesh["tensor"] > 1
-        batch = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-        sets = [*base, f"mesh.sequence_parallel={str(tensor).lower()}"]
-        for A, M, schedule in _flows(e, mesh["pipe"], batch):
-            flow = [f"train.accumulate={A}", *schedule]
-            if M:
-                flow.append(f"pipeline.microbatches={M}")
-            for remat in REMATS:
-                yield (*sets, *flow, f"model.remat={remat}")
-
-
-def _flows(
-    e: Experiment, stages: int, batch: int
-) -> Iterator[tuple[int, int, list[str]]]:
-    """Accumulation, microbatches and schedule that the batch divides by."""
-    rows = e.train.batch_size // batch
-    powers = [2**k for k in range(12)]
-    if stages == 1:
-        for A in powers:
-            if rows % A == 0 and rows >= A:
-                yield A, 0, ["pipeline.schedule=1f1b", "pipeline.rounds=1"]
-        return
-    for k in powers:
-        M = k * stages
-        if rows < M or rows % M:
-            continue
-        yield 1, M, ["pipeline.schedule=1f1b", "pipeline.rounds=1"]
-        for rounds in (2, 4):
-            if e.model.layers >= stages * rounds:
-                yield (
-                    1,
-                    M,
-                    ["pipeline.schedule=interleaved", f"pipeline.rounds={rounds}"],
-                )
-
-
-def meshes(e: Experiment, wanted: Target) -> Iterator[dict[str, int]]:
-    """Yields the meshes that the model and the batch allow, every size a divisor of the devices.
-
-    Tensor stays within the near links, and pipelines come where there are layers enough.
-    """
-    n, model = wanted.devices, e.model
-    plain = isinstance(model, Transformer.Config)
-    heads = model.heads if plain else 1
-    experts = model.ffn.experts if isinstance(model.ffn, Moe.Config) else 1
-    near = wanted.shape[-1] if wanted.chip.platform == "gpu" else 16
-    for tensor in _divisors(n, min(near, heads)):
-        for pipe in _divisors(n // tensor, model.layers if plain else 1):
-            left = n // tensor // pipe
-            for expert in _divisors(left, experts):
-                seqs = 1 if isinstance(model, Recurrent.Config) else e.data.length
-                for seq in _divisors(left // expert, min(seqs // 4096, 64)):
-                    rest = left // expert // seq
-                    for fsdp in sorted(
-                        {1, rest, math.gcd(rest, max(near // tensor, 1))}
-                    ):
-                        data = rest // fsdp
-                        if e.train.batch_size % (data * fsdp * expert):
-                            continue
-                        sizes = (pipe, data, fsdp, seq, expert, tensor)
-                        yield dict(zip(sharding.AXES, sizes, strict=True))
-
-
-def _divisors(n: int, most: int) -> list[int]:
-    return [d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0]
-
-
-def search(
-    experiment: Experiment, wanted: Target, say: Any = lambda done, best: None
-) -> tuple[list[Found], int]:
-    """Returns the fastest candidates that fit, and how many were looked at; `say` hears of both."""
-    found: list[Found] = []
-    count = 0
-    for sets in candidates(experiment, wanted):
-        count += 1
-        one = tried(experiment, sets, wanted, rough=True)
-        if one is not None and one.fits(wanted):
-            found.append(one)
-        if count % 500 == 0:
-            say(count, min((f.step for f in found), default=None))
-    return exactly(experiment, found, wanted, KEPT), count
-
-
-def ranked(found: Sequence[Found], experiment: Experiment) -> list[Candidate]:
-    """Returns rows for the table, without what is as it is in the experiment."""
-    here = {f"{k}={v}".lower() for k, v in config.flatten(experiment).items()}
+def ranked(found: Sequence[Found]) -> list[Candidate]:
+    """Returns rows for the table."""
     return [
         Candidate(
-            change=tuple(s for s in f.sets if s not in here),
+            change=f.sets,
             memory=f.bytes,
             step=f.step,
             tokens_per_second=f.tokens / f.step,

@@ -28,8 +28,8 @@ FEED = 5e6  # tokens a second that a host's loader gives
 PROGRAM_RAM = 4 * 2**30  # of a host: Python, XLA and the input
 
 
-def work(prog: Program, rough: bool = False) -> Work:
-    """Returns what a device computes in a step; `rough` as of `layer.costs`."""
+def work(prog: Program, parts: layer.Costs | None = None) -> Work:
+    """Returns what a device computes in a step; `parts`: what a search takes their costs for."""
     e = prog.experiment
     length, devices = e.data.length, prog.layout.mesh.size
     written = batches.written(e.objective, e.data)
@@ -37,7 +37,7 @@ def work(prog: Program, rough: bool = False) -> Work:
     one, full = (
         flops.forward(e.model, length, causal=c, written=written) for c in (True, False)
     )
-    computed, moved, waited = _passes(prog, rough)
+    computed, moved, waited = _passes(prog, parts or layer.costs(prog))
     update = _update_bytes(prog)
     return Work(
         forward_flops=one,
@@ -50,11 +50,11 @@ def work(prog: Program, rough: bool = False) -> Work:
     )
 
 
-def _passes(prog: Program, rough: bool) -> tuple[float, float, float]:
+def _passes(prog: Program, parts: layer.Costs) -> tuple[float, float, float]:
     """Returns the operations, the bytes read and written, and those that are waited for, of all
     passes of a step. A stage runs one chunk in each tick, idle or not; without stages a pass runs
     all layers."""
-    runs, parts = minimum.passes(prog), layer.costs(prog, rough)
+    runs = minimum.passes(prog)
     groups = [
         (1 if prog.staged else group.count, runs.forward, runs.backward, group.cost)
         for group in parts.blocks
@@ -225,9 +225,11 @@ class Prediction:
     notes: tuple[str, ...]  # on what there is no formula for
 
 
-def predict(prog: Program, wanted: Target, rough: bool = False) -> Prediction:
-    """Returns what the model says of a step; `rough` as of `layer.costs`."""
-    chip, computed = wanted.chip, work(prog, rough)
+def predict(
+    prog: Program, wanted: Target, parts: layer.Costs | None = None
+) -> Prediction:
+    """Returns what the model says of a step; `parts` as of `work`."""
+    chip, computed = wanted.chip, work(prog, parts)
     notes: tuple[str, ...] = ()
     try:
         sent = transfers(prog, wanted)

@@ -27,7 +27,7 @@ CAUSES = {  # of memory, by field
     "layer": "the layer computed",
     "loss": "loss chunk",
     "collectives": "gathered and sent",
-    "margin": "lost by allocators",
+    "margin": "code, and gaps between arrays",
 }
 
 
