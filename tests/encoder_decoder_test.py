@@ -47,7 +47,7 @@ MESHES = {
         "data 4 x tensor 2, zero1",
         "data 2 x seq 2 x tensor 2",
     ],
-    "2017": ["data 2 x tensor 4, sequence"],
+    "2017": ["data 2 x tensor 4, sequence", "pipe 2 x data 2 x fsdp 2, gpipe"],
 }
 
 
