@@ -256,8 +256,19 @@ def _parse(text: str, hint: Any, what: str) -> Any:
         value = text
     value = _coerce(value, text, hint)
     if value is _BAD:
-        raise ConfigError(f"{what}: expected {_name(hint)}")
+        known = [c for c in _choices(hint) if isinstance(c, str)]
+        typed = [t.strip() for t in text.split(",")]
+        hints = [nearest(t, known) for t in typed if t not in known]
+        raise ConfigError(f"{what}: expected {_name(hint)}{''.join(hints[:1])}")
     return value
+
+
+def _choices(hint: Any) -> list[Any]:
+    """Every value that is named by a hint, or by one inside of it."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return list(args)
+    return [c for a in args for c in _choices(a)]
 
 
 _BAD = object()
@@ -316,6 +327,8 @@ def _name(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     if len(_options(hint)) > 1:
         return " or ".join(_name(o) for o in _options(hint))
+    if typing.get_origin(hint) is tuple and _choices(hint):
+        return f"{_name(typing.get_args(hint)[0])}, or several with commas between"
     if hint in (None, type(None)):
         return "none"
     name = kind(hint) if isinstance(hint, type) else str(hint)

@@ -4,8 +4,9 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+from typing import Any
 
-from lm import batches, schedules, sharding
+from lm import batches, config, schedules, sharding
 from lm.config import ConfigError, kind, nearest
 from lm.data.loader import Data
 from lm.data.tokenizer import Bytes
@@ -326,6 +327,21 @@ def _nearest(values: list[int], wanted: int) -> list[int]:
     """Returns the largest of the sorted values up to `wanted`, and the one after it."""
     below = [v for v in values if v <= wanted]
     return below[-1:] + values[len(below) : len(below) + 1]
+
+
+def stored(data: Any, where: str) -> Experiment:
+    """Returns the experiment that a run has left as JSON; `where` says where it did.
+
+    Raises:
+        ConfigError: it has fields or values that this version does not know.
+    """
+    try:
+        return config.from_json(Experiment, data)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{where} is of another version of lm ({error}); use that version, or take the weights "
+            "to another --workdir by --set train.init_from=DIR"
+        ) from error
 
 
 def names() -> list[str]:

@@ -186,7 +186,7 @@ def _resolve() -> tuple[Experiment, Experiment]:
                 f"{stored.parent} has no config.json: nothing was trained there"
             )
         try:
-            base = config.from_json(Experiment, json.loads(stored.read_text()))
+            base = experiments.stored(json.loads(stored.read_text()), str(stored))
         except json.JSONDecodeError as error:
             raise ConfigError(
                 f"{stored} is not JSON ({error}); --mode=train writes it anew"

@@ -23,7 +23,6 @@ from lm.batches import (
     CrossEntropy,
     Masked,
     Objective,
-    Prefix,
     Seq2Seq,
     SpanCorruption,
 )
@@ -82,11 +81,6 @@ def refuse(objective: Objective, model: kinds.Config) -> None:
         raise ConfigError(
             f"model.head.classes={head.classes}, but objective.labels has {labels}; set "
             f"model.head.classes={labels}"
-        )
-    if isinstance(objective, Prefix) and objective.attention != "causal":
-        raise ConfigError(
-            f"objective.attention={objective.attention}: the model's attention is causal in "
-            "the prefix, too; set objective.attention=causal"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm import config
+from lm import experiment as experiments
 from lm.config import ConfigError
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
@@ -56,7 +57,7 @@ def changes(stored: Mapping[str, Any], now: Experiment) -> list[str]:
     Raises:
         ConfigError: fields that may not change, with both values.
     """
-    before = config.from_json(Experiment, stored)
+    before = experiments.stored(stored, "the checkpoint's config")
     found = config.diff(before, now)
     refused, allowed = [], []
     for path, old, new in found:

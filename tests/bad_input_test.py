@@ -1,6 +1,7 @@
 """What bad input gets: one line with values and fix, an exit code, nothing half-written."""
 
 import contextlib
+import json
 import os
 import pathlib
 import resource
@@ -72,6 +73,10 @@ WRONG = {  # fields: what the line names
     "mistyped choice": (
         {"data.packing": "boxes"},
         ["--set data.packing=boxes", "'windows', 'documents'"],
+    ),
+    "mistyped choices": (
+        {"eval.scores": "chrf,blue"},
+        ["--set eval.scores=chrf,blue", "'rouge'", "did you mean 'bleu'?"],
     ),
     "heads": ({"model.heads": 5, "model.kv_heads": 5}, ["model.dim=64", "heads=5"]),
     "kv heads": ({"model.kv_heads": 3}, ["heads=4", "kv_heads=3"]),
@@ -231,6 +236,20 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_fields(trained):
     assert "--workdir" in line
     assert "init_from" not in line  # these weights would not fit either
     assert contents(trained) == before
+
+
+def test_a_work_directory_of_another_version_says_what_to_do(tmp_path, trained):
+    data = json.loads((trained / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**data, "devices": 8}))
+    result = runs.here("--mode=eval", f"--workdir={tmp_path}")
+    line = complaint(result, main.WRONG_USE)
+    for part in (
+        f"{tmp_path}/config.json",
+        "another version",
+        "'devices'",
+        "init_from",
+    ):
+        assert part in line
 
 
 def test_weights_of_another_model_are_refused_with_the_arrays(tmp_path, trained):

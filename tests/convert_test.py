@@ -238,6 +238,13 @@ def test_flags_that_lack_something_say_what(flags, words):
         assert word in result.err
 
 
+def test_two_tokenizers_of_one_model_are_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "marian", "d_model": 32}')
+    (tmp_path / "source.spm").write_bytes(b"")
+    with toy.refused("no tokenizer.json", "source.spm and target.spm"):
+        work.experiment(str(tmp_path), str(tmp_path / "run"))
+
+
 def test_a_file_that_is_cut_off_is_found(source, tmp_path):
     folder = epath.Path(tmp_path / "cut")
     shutil.copytree(source, folder)

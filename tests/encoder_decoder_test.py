@@ -38,7 +38,7 @@ KINDS = {
         *("model.norm=LayerNorm", "model.ffn.activation=relu", "model.ffn.bias=true"),
         *("model.embed_scale=5.656854249492381", "objective.label_smoothing=0.1"),
         *("model.attention.bias=true", "model.attention.out_bias=true"),
-        "model.head_scale=0.5",
+        *("model.head_scale=0.5", "model.head_shift=true"),
     ],
 }  # fmt: skip
 MESHES = {
@@ -47,7 +47,7 @@ MESHES = {
         "data 4 x tensor 2, zero1",
         "data 2 x seq 2 x tensor 2",
     ],
-    "2017": ["data 2 x tensor 4, sequence"],
+    "2017": ["data 2 x tensor 4, sequence", "pipe 2 x data 2 x fsdp 2, gpipe"],
 }
 
 

@@ -172,9 +172,29 @@ T5 = {
     "decoder_start_token_id": 0,
     "eos_token_id": 1,
 }
+MARIAN = {
+    "model_type": "marian",
+    "vocab_size": 300,
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "activation_function": "swish",
+    "scale_embedding": True,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 1,
+    "forced_eos_token_id": None,
+}
 READERS: dict[str, dict[str, Any]] = {
     "t5 1.0": T5,
     "t5 1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "marian": MARIAN,
+    "marian, relu": {**MARIAN, "activation_function": "relu", "scale_embedding": False},
 }
 BERT = {
     "model_type": "bert",
@@ -276,8 +296,9 @@ def write_tokenizer(folder):
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(data))
     about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "</s>",
-        "bos_token": {"content": "<s>"},
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))

@@ -73,10 +73,6 @@ def test_prefixes_train_with_causal_attention(tmp_path):
             ["objective=Classification", "objective.labels=a,b"],
             ["which is trained by Causal or Prefix or Sft", "model.head=Classes"],
         ),
-        (
-            ["objective=Prefix", "objective.attention=bidirectional"],
-            ["objective.attention=bidirectional", "set objective.attention=causal"],
-        ),
         (["objective=Sft"], ["takes whole documents", "data.packing=documents"]),
         (
             ["objective=Sft", "data.packing=documents", "data.isolate=false"],

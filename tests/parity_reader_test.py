@@ -37,10 +37,13 @@ def batch(name, side="right"):
     begun = np.roll(targets, 1, 1)
     begun[:, 0] = 5  # whatever it is: the model has a start of its own
     segments = there.astype(np.int32)
+    positions = np.maximum(np.cumsum(segments, 1) - 1, 0)
+    if name.startswith("marian"):  # theirs counts the padding, too
+        positions = np.broadcast_to(np.arange(LENGTH), ids.shape)
     return {
         "inputs": ids,
         "input_segments": segments,
-        "input_positions": np.maximum(np.cumsum(segments, 1) - 1, 0).astype(np.int32),
+        "input_positions": positions.astype(np.int32),
         "tokens": begun,
         "targets": targets,
         "segments": written.astype(np.int32),
@@ -115,7 +118,7 @@ def test_greedy_text_is_the_same_token_for_token(name):
     rows = generate.make_rows([(ids, 0) for ids in texts], NEW, LENGTH + NEW, 1)
     found, finite = sample(one.params, rows, jax.random.key(0))
     assert finite
-    assert len(np.unique(expected)) > 4
+    assert len(np.unique(expected)) > 3
     np.testing.assert_array_equal(np.asarray(found)[:3], expected)
 
 

@@ -3,6 +3,7 @@
 Small models of random weights, made here; nothing is downloaded. Run with -m parity.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -57,10 +58,21 @@ def made(name):
         model.lm_head.weight = torch.nn.Parameter(head)
     model = model.to(torch.float32).eval()
     everything = [*model.named_parameters(), *model.named_buffers()]
+    for part in model.modules():  # theirs learns nothing of the id that padding has
+        if isinstance(part, torch.nn.Embedding):
+            part.padding_idx = None
     with torch.no_grad():
         for path, p in everything:
-            if "inv_freq" not in path and p.is_floating_point() and p.ndim:
+            if "final_logits_bias" in path:  # ours is learned
+                p.requires_grad_(True)
+            computed = "inv_freq" in path or "embed_positions" in path
+            if not computed and p.is_floating_point() and p.ndim:
                 big = 0.3 if "bias" in path or "sink" in path else 0.15
+                big = 0.5 if "fc2" in path else big
+                if ".decoder.layers." in path and path.endswith("norm.weight"):
+                    p *= torch.randn_like(
+                        p
+                    ).sign()  # or each word would be the last again
                 if not path.endswith("embed_scale"):
                     p += big * torch.randn_like(p)
     folder = epath.Path(tempfile.mkdtemp())
@@ -80,7 +92,7 @@ def kind_of(values):
     if "architectures" in values:
         return getattr(transformers, values["architectures"][0])
     chosen = transformers.CONFIG_MAPPING[values["model_type"]]
-    if values["model_type"] == "t5":
+    if values["model_type"] in ("t5", "marian"):
         return transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[chosen]
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[chosen]
 
@@ -240,7 +252,7 @@ def same_gradients(one, grads):
     values = {k: p.data.clone() for k, p in one.model.named_parameters()}
     buffers = {k: p.data.clone() for k, p in one.model.named_buffers()}
     try:  # the gradient, saved as a model is
-        for p in one.model.parameters():
+        for p in (*one.model.parameters(), *one.model.buffers()):
             p.data = torch.zeros_like(p) if p.grad is None else p.grad.clone()
         folder = tempfile.mkdtemp()
         one.model.save_pretrained(folder)
@@ -283,7 +295,7 @@ def test_greedy_text_is_the_same_token_for_token(name):
 
 def exported(name):
     """Writes a model out again and checks its bytes; returns what transformers reads."""
-    one, warned = made(name), []
+    one = made(name)
     with toy.refused("config.json", "a_new_key=1"):
         families.read({**one.json, "a_new_key": 1})
     model = one.prog.experiment.model
@@ -306,18 +318,25 @@ def exported(name):
         folder / "config.json",
         {"architectures": [family.architecture], **families_hf.MARKS, **data},
     )
-    handler = logging.Handler()
-    handler.emit = lambda record: warned.append(record.getMessage())
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    try:
+    with listening() as warned:
         again, info = kind_of(families_hf.EVERY[name]).from_pretrained(
             str(folder), output_loading_info=True, attn_implementation="eager"
         )
-    finally:
-        logger.removeHandler(handler)
     assert not any(info.values()), info
     return again, warned
+
+
+@contextlib.contextmanager
+def listening():
+    """What transformers logs meanwhile."""
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -89,6 +89,8 @@ def _part(c, p, number, x, f, keep):
 
 def _head(c, p, x):
     z = x @ p.get("head_vd", p["embed_vd"])[: c.vocab_size].T
+    if "shift_v" in p:
+        z = z + p["shift_v"][: c.vocab_size]
     if c.head_softcap is not None:
         z = c.head_softcap * jnp.tanh(z / c.head_softcap)
     return x, z
@@ -149,7 +151,8 @@ def _waves(c: EncoderDecoder.Config, x, positions):
     D = x.shape[-1]
     for i in range(D):
         angle = positions / c.positions.base ** (2 * (i // 2) / D)
-        x = x.at[:, :, i].add(jnp.cos(angle) if i % 2 else jnp.sin(angle))
+        at = i // 2 + i % 2 * (D // 2) if c.positions.halves else i
+        x = x.at[:, :, at].add(jnp.cos(angle) if i % 2 else jnp.sin(angle))
     return x
 
 

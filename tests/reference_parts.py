@@ -147,6 +147,7 @@ ACTIVATIONS = {
     "gelu": jax.nn.gelu,
     "gelu_erf": lambda x: x * (1 + jax.lax.erf(x / 2**0.5)) / 2,
     "relu": lambda x: jnp.maximum(x, 0),
+    "silu": lambda x: x / (1 + jnp.exp(-x)),
 }
 
 

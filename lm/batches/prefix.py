@@ -4,7 +4,6 @@ Raffel et al. 2020, "Exploring the limits of transfer learning", section 3.2.
 """
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from lm.data.store import Store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix(CrossEntropy):
-    """Predict the tokens after a random place in a document from all before them."""
+    """Predict the tokens after a random place in a document from all before them.
 
-    attention: Literal["causal", "bidirectional"] = "causal"  # within the prefix
+    Attention is the model's, causal in the prefix, too.
+    """
 
 
 def rows(store: Store, seed: int, index: int, row: Row) -> Row:

@@ -10,6 +10,7 @@ from lm.convert import (
     gpt2,
     gpt_oss,
     llama,
+    marian,
     mixtral,
     qwen,
     qwen_moe,
@@ -38,6 +39,7 @@ FAMILIES = {
         gemma.GEMMA3,
         bert.BERT,
         t5.T5,
+        marian.MARIAN,
     )
 }
 

@@ -31,7 +31,13 @@ HARMLESS = frozenset(
 DROPOUT = (
     *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout"),
     *("resid_dropout", "residual_dropout", "dropout_rate", "classifier_dropout"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *(
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "dropout",
+        "activation_dropout",
+    ),
+    *("classif_dropout", "encoder_layerdrop", "decoder_layerdrop"),
 )
 
 

@@ -23,7 +23,12 @@ from lm.models import stack
 from lm.models.encoder_decoder import ENCODER, EncoderDecoder
 from lm.program import STACK, Params, Program
 
-VOCAB = ("embed_vd", "head_vd", "end/bias_v")  # padded to rows of the vocabulary
+VOCAB = (
+    "embed_vd",
+    "head_vd",
+    "end/bias_v",
+    "shift_v",
+)  # padded to rows of the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

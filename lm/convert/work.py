@@ -20,7 +20,7 @@ from etils import epath
 
 from lm import batches, checkpoint, config, sharding, train
 from lm.config import ConfigError
-from lm.convert import families, files, weights
+from lm.convert import families, files, pieces, weights
 from lm.convert.family import Family, essence
 from lm.convert.family import Model as Known
 from lm.data import pretrained
@@ -35,6 +35,7 @@ from lm.nn.heads import Classes
 from lm.optim import Optim
 
 ORIGIN, TOKENIZER = "origin", "tokenizer"
+PIECES = ("tokenizer.model", "spiece.model")  # files of SentencePiece
 LONGEST = 2048  # tokens of an example, unless data.length says otherwise
 
 
@@ -85,20 +86,18 @@ def experiment(path: str, workdir: str) -> Experiment:
     where = str(epath.Path(workdir).expanduser().resolve() / TOKENIZER)
     if pretrained.MAIN in found.tokenizer:
         coder: Any = HuggingFace(path=where)
-    elif "tokenizer.model" in found.tokenizer:
+    elif there := [name for name in PIECES if name in found.tokenizer]:
         special = json.loads(found.tokenizer.get("tokenizer_config.json", b"{}"))
         begins = special.get("add_bos_token", True)
         coder = SentencePiece(
-            path=f"{where}/tokenizer.model", begin="bos" if begins else "eos"
+            path=f"{where}/{there[0]}", begin="bos" if begins else "eos"
         )
     else:
         hint = ""
-        if "spiece.model" in found.tokenizer:
-            hint = (
-                "; AutoTokenizer of transformers saves one of what is in spiece.model"
-            )
+        if (epath.Path(path).expanduser() / "source.spm").exists():
+            hint = "; source.spm and target.spm are two, of which lm has one for both texts"
         raise ConfigError(
-            f"--from={path}: there is neither a tokenizer.json nor a tokenizer.model{hint}"
+            f"--from={path}: there is no {pretrained.MAIN}, {' or '.join(PIECES)}{hint}"
         )
     length = int(found.config.get("max_position_embeddings") or LONGEST)
     length = int(found.config.get("n_positions") or length)
@@ -216,7 +215,7 @@ def _coder(found: Model, experiment: Experiment) -> tokenizers.Tokenizer:
     """Returns the tokenizer of the files that were read."""
     chosen = experiment.data.tokenizer
     if isinstance(chosen, SentencePiece):
-        model = found.tokenizer["tokenizer.model"]
+        model = found.tokenizer[epath.Path(chosen.path).name]
         return tokenizers.SentencePieceTokenizer(model, begin=chosen.begin)
     return tokenizers.from_files(found.tokenizer)
 
@@ -329,7 +328,7 @@ def send_out(
         (place / name).write_bytes(content)
     (kind,) = data.get("architectures", [family.architecture])[:1]
     say(f"wrote {len(sizes)} tensors as {kind} to {to}")
-    if not {pretrained.MAIN, "tokenizer.model"} & beside.keys():
+    if not {pretrained.MAIN, *PIECES} & beside.keys():
         say("there is no tokenizer among the files: transformers has none of this kind")
 
 
@@ -343,6 +342,11 @@ def _tokenizer_files(
         if folder and not found and beside.exists():
             found = {p.name: p.read_bytes() for p in beside.iterdir()}
     found |= coder.files()
+    if PIECES[1] in found:
+        found.pop(PIECES[0], None)  # the same under another name
+    if isinstance(coder, tokenizers.SentencePieceTokenizer) and not coder.spare:
+        ends = isinstance(experiment.model, EncoderDecoder.Config)
+        found |= pieces.files(coder, ends)
     return {name: content for name, content in found.items() if name in names}
 
 
@@ -366,6 +370,7 @@ def _described(
     if kinds.head(experiment.model) is not None:
         marks = {}
     length = experiment.data.length
-    if data.get("decoder_start_token_id", 0) is None:
-        data["decoder_start_token_id"] = coder.eot  # as rows have it
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        if data.get(name, 0) is None:
+            data[name] = coder.eot  # as rows have it
     return family, {"max_position_embeddings": length, **marks, **data}, {}

@@ -122,9 +122,7 @@ class HuggingFaceTokenizer(Pieces):
             self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Returns the text; ids of the model beyond the tokenizer's are nothing."""
-        known = [i for i in map(int, ids) if i < self.size]
-        text = super().decode(known)
+        text = super().decode(ids)
         return text[1:] if self._prefixed and text.startswith(" ") else text
 
     def files(self) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ Ids: TypeAlias = Int32[np.ndarray, " n"]
 _CHARACTERS = 1 << 16  # encoded at a time: a whole book is up to 5 times slower
 _SENTENCE = 4096  # characters of a training sentence, with "\n" inside, to be learned
 _THREADS = 16  # of the trainer; sums go by thread, so the number must not vary
+_EOT = "<eot>"  # the piece that ends a text in models that are trained here
 BEGIN = "tokenizer.begin"  # a file that says how SentencePiece begins a text
 _SPACE = "\u2581"  # how SentencePiece spells a space; itself it is spelt by bytes
 
@@ -79,10 +80,11 @@ class Pieces:
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Returns the text of `ids`, "" for eot; bytes that are no UTF-8 become U+FFFD.
 
-        Raises:
-            IndexError: an id outside the vocabulary.
+        Ids that a model has beyond the tokenizer's are nothing, too.
         """
-        return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
+        known = (i for i in map(int, ids) if i < len(self.pieces))
+        text = b"".join([self.pieces[i] for i in known])
+        return text.decode("utf-8", errors="replace")
 
     def encode(self, text: str) -> Ids:
         raise NotImplementedError
@@ -148,6 +150,7 @@ class SentencePieceTokenizer(Pieces):
         self.eot = marks[0] if marks else -1
         self.ends = tuple(i for i in (p.eos_id(),) if i >= 0)
         self._begin = begin
+        self.spare = p.id_to_piece(max(p.eos_id(), 0)) != _EOT  # trained elsewhere
         if self.eot < 0:
             raise ConfigError(
                 f"{source} has no end or begin of sentence piece to separate documents"
@@ -258,7 +261,7 @@ def train(
             num_threads=_THREADS,
             unk_id=0,
             eos_id=1,
-            eos_piece="<eot>",
+            eos_piece=_EOT,
             bos_id=-1,
             pad_id=-1,
             minloglevel=2,  # keep its progress off the terminal

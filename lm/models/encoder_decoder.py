@@ -42,6 +42,7 @@ class EncoderDecoder(Model):
         ffn: Mlp.Config = Mlp.Config()
         positions: Relative | Sinusoidal = Relative()
         head_scale: float = 1.0  # of the hidden states, where the head takes them
+        head_shift: bool = False  # a learned shift of each id's logit
         # The id that every text begins with where it is written; None: as the rows have it.
         start: int | None = None
 
@@ -125,6 +126,8 @@ class EncoderDecoder(Model):
         norm = functools.partial(make_norm, config.norm, config.dim, "norm", rngs)
         self.norm = None if post else self.norm
         self.encoder_norm = None if post else norm()
+        V = config.vocab_rows
+        self.shift_v = param(rngs, (V,), ("vocab",), 0.0) if config.head_shift else None
         if config.relative is not None:
             shape, axes = (config.heads, config.relative.buckets), ("heads", "position")
             self.distance_nb = param(rngs, shape, axes, config.init_std)
@@ -222,6 +225,11 @@ class EncoderDecoder(Model):
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         scale = self._own.head_scale
         return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
+
+    @property
+    def head_bias(self) -> nnx.Param | None:
+        """The shift [V] of each id's logit, where there is one."""
+        return self.shift_v
 
     def empty_cache(self, batch: int, length: int, source: Source | None = None) -> Any:
         """Returns what decoding keeps of `batch` rows of `length` tokens, leaves [L, B, ...].

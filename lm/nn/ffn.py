@@ -12,11 +12,12 @@ from jaxtyping import Array, Float
 from lm import sharding
 from lm.nn.param import einsum, gather, param, stored, weight
 
-Activation = Literal["swiglu", "geglu", "gelu", "gelu_erf", "relu", "clamped"]
+Activation = Literal["swiglu", "geglu", "gelu", "gelu_erf", "relu", "silu", "clamped"]
 PLAIN = {  # without a gate
     "gelu": jax.nn.gelu,
     "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 STEEP = 1.702  # of the sigmoid in a clamped SwiGLU
 
@@ -33,7 +34,7 @@ def gated(kind: Activation, limit: float, gate: Array, up: Array) -> Array:
 
 
 class Mlp(nnx.Module):
-    """Two layers (GELU, ReLU), or a gated first one: SwiGLU, GeGLU (Shazeer 2020)."""
+    """Two layers (GELU, ReLU, SiLU), or a gated first one: SwiGLU, GeGLU (Shazeer 2020)."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

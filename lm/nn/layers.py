@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer
 
@@ -122,16 +123,23 @@ class Sinusoidal:
     """Sines and cosines of each position, added to the embedding (Vaswani et al. 2017, 3.5)."""
 
     base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi base positions
+    halves: bool = False  # all sines before all cosines; False: they take turns
 
 
 def sinusoids(
     config: Sinusoidal, dim: int, positions_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Returns the vectors of positions in fp32: sines at even places, cosines at odd ones."""
-    plane = jnp.arange(dim) // 2 * 2
-    frequency = config.base ** (-plane.astype(jnp.float32) / dim)
+    """Returns the vectors of positions in fp32: sines at even places, cosines at odd ones.
+
+    With `halves` the even places come first, and the odd ones after them.
+    """
+    place = np.arange(dim)
+    if config.halves:
+        place = np.concatenate([place[::2], place[1::2]])
+    plane = jnp.asarray(place // 2 * 2, jnp.float32)
+    frequency = config.base ** (-plane / dim)
     angle = positions_BT[:, :, None].astype(jnp.float32) * frequency[None, None]
-    even = (jnp.arange(dim) % 2 == 0)[None, None]
+    even = (place % 2 == 0)[None, None]
     return jnp.where(even, jnp.sin(angle), jnp.cos(angle))
 
 
