@@ -78,7 +78,7 @@ H100_SHEET = "NVIDIA H100 data sheet, SXM, dense"
 H200_SHEET = "NVIDIA H200 data sheet, SXM, dense"
 A100_SHEET = "NVIDIA A100 data sheet, SXM 80 GB, dense"
 MAMF = "github.com/stas00/ml-engineering, maximum achievable matmul FLOPS"
-NOT_TAKEN = "docs.jax.dev, GPU memory allocation: what JAX does not take"
+NOT_TAKEN = "lm/heap.py: what lm leaves to drivers and libraries"
 ASSUMED = "assumed, not published; tests/published_test.py compares with published runs"
 B200_SHEET = "NVIDIA Blackwell architecture brief, HGX B200, dense"
 
