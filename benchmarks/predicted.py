@@ -7,12 +7,16 @@ import sys
 import time
 from typing import Any
 
-import jax
-import numpy as np
+from lm import heap
 
-from lm import experiment, sharding, train
-from lm.plan import make, target
-from lm.program import Program
+heap.keep()  # as lm.main does, before jax is imported
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from lm import experiment, sharding, train  # noqa: E402
+from lm.plan import make, target  # noqa: E402
+from lm.program import Program  # noqa: E402
 
 ROUNDS = 4  # a plan, which measures the CPU's rates, and steps, in turn
 STEPS = 3  # of a round
