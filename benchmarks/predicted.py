@@ -33,7 +33,7 @@ def batch(prog: Program) -> dict[str, np.ndarray]:
         elif "segments" in name:
             value = np.ones(x.shape)
         elif name == "index":
-            value = np.arange(len(np.empty(x.shape)))
+            value = np.arange(x.shape[0])
         else:
             value = random.integers(1, 2 if x.ndim < 2 else 200, x.shape)
         found[name] = np.ascontiguousarray(value).astype(x.dtype)

@@ -194,12 +194,13 @@ class Experiment:
                 f"model.vocab_size={self.model.vocab_size}: the byte tokenizer has 257 tokens"
                 f"{ids}; set model.vocab_size={size}"
             )
-        window = getattr(getattr(self.model, "mixer", None), "window", None) or 0
-        if window > self.data.length:
-            raise ConfigError(
-                f"model.mixer.window={window}: rows have data.length={self.data.length} tokens; "
-                f"set model.mixer.window={self.data.length} or lower, or none"
-            )
+        if isinstance(self.model, Recurrent.Config):
+            window, length = self.model.mixer.window, self.data.length
+            if window is not None and window > length:
+                raise ConfigError(
+                    f"model.mixer.window={window}: rows have data.length={length} tokens; "
+                    f"set model.mixer.window={length} or lower, or none"
+                )
         schedules.rate(self.optim.schedule, self.optim.learning_rate, self.train.steps)
         for size in self.train.batch_sizes():
             if size % self.train.accumulate:

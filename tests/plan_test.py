@@ -221,31 +221,24 @@ def test_a_candidate_is_known_by_few_traces(name):
         assert least.bytes <= rough.bytes
 
 
+def planned(chosen, folder, searching=False):
+    """Plans for two GPUs, as the mode does, and returns the plan as it is written."""
+    given = (chosen, str(folder), ())
+    how = {"depth": "model", "searching": searching, "price": None, "say": print}
+    run.run(*given, name="h100:2", **how)
+    return json.loads((folder / "plan.json").read_text())
+
+
 def test_where_nothing_fits_the_nearest_is_told(tmp_path):
     chosen = toy.experiment(*BIG, "model.layers=400")
     with toy.refused("h100:2", "none of", "candidates fits into", "the nearest needs"):
-        run.run(
-            *(chosen, str(tmp_path), ()),
-            name="h100:2",
-            depth="model",
-            searching=True,
-            price=None,
-            say=print,
-        )
+        planned(chosen, tmp_path, searching=True)
 
 
 def test_where_no_advice_makes_it_fit_the_search_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "advice", lambda *given: ())
     for sets, notes in ((BIG, [run.NOTHING]), (("mesh.data=2",), [])):
-        run.run(
-            *(toy.experiment(*sets), str(tmp_path), ()),
-            name="h100:2",
-            depth="model",
-            searching=False,
-            price=None,
-            say=print,
-        )
-        said = json.loads((tmp_path / "plan.json").read_text())["notes"]
+        said = planned(toy.experiment(*sets), tmp_path)["notes"]
         assert [n for n in said if "--search" in n] == notes
 
 
