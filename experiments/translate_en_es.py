@@ -47,7 +47,7 @@ def experiment() -> Experiment:
             weight_decay=0.0,
             ema=0.995,  # for the paper's average of checkpoints
         ),
-        train=Train(steps=1200, batch_size=8),
+        train=Train(steps=2400, batch_size=8),
         eval=Eval(
             every=600,
             batch_size=128,
