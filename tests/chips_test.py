@@ -6,7 +6,8 @@ import types
 import jax
 import pytest
 
-from lm.plan import chips, target
+from lm import sharding, train
+from lm.plan import chips, cpu, speed, target
 
 NUMBERS = {f.name for f in dataclasses.fields(chips.Chip)} - {
     *("name", "kinds", "platform", "sources")
@@ -102,3 +103,34 @@ def test_several_targets_are_named_in_one_line():
     assert target.names("cpu:1") == ["cpu:1"]
     with pytest.raises(ValueError, match="expected v5p:4x4x4"):
         target.names(" ")
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_plan_of_the_step_that_a_cpu_is_measured_by_says_its_time(
+    devices, monkeypatch
+):
+    """Rates are such that the plan of that step, on one device, takes what it took."""
+    took = 1.0
+    monkeypatch.setattr(
+        cpu, "Step", lambda prog: types.SimpleNamespace(seconds=lambda: took)
+    )
+    monkeypatch.setattr(chips, "product_rate", lambda *given: 1e11)
+    monkeypatch.setattr(chips, "copy_rate", lambda *given: 4e10)
+    wanted = target.read(f"cpu:{devices}")
+    prog = train.program(
+        cpu.SAMPLE, sharding.make_layout(cpu.SAMPLE.mesh, jax.devices()[:1])
+    )
+    found = speed.predict(prog, wanted).time
+    assert found.step == pytest.approx(took * devices)
+    assert found.compute > 0
+    assert 0 < wanted.chip.bandwidth < 4e10 / devices
+    assert wanted.chip.links == 4e10 / devices / 2
+
+
+def test_a_cpu_has_no_elementwise_rate_above_that_of_copies(monkeypatch):
+    monkeypatch.setattr(
+        cpu, "Step", lambda prog: types.SimpleNamespace(seconds=lambda: 0.0)
+    )
+    monkeypatch.setattr(chips, "product_rate", lambda *given: 1e11)
+    monkeypatch.setattr(chips, "copy_rate", lambda *given: 4e10)
+    assert cpu.chip(2).bandwidth == 2e10

@@ -259,35 +259,6 @@ def known(device_kind: str) -> Chip | None:
     return max(fits, key=lambda fit: len(fit[0]), default=(None, None))[1]
 
 
-def cpu(devices: int) -> Chip:
-    """Returns the CPU that this runs on as a chip, measured (half a second).
-
-    Emulated devices share its arithmetic, its memory and the way to it.
-    """
-    rate, bandwidth = product_rate() / devices, copy_rate() / devices
-    slender = product_rate((2048, 192, 512)) / devices
-    memory = _ram()
-    return Chip(
-        name="cpu",
-        kinds=("cpu",),
-        platform="cpu",
-        bf16=rate,
-        reach=min(1.0, slender / rate),
-        fp8=rate,
-        int8=rate,
-        hbm=memory // devices,
-        bandwidth=bandwidth,
-        torus=0,
-        links=bandwidth / 2,  # what one device writes another reads
-        network=bandwidth / 2,
-        watts=None,
-        host_chips=devices,
-        host_ram=memory,
-        largest=devices,
-        sources={"bf16 reach fp8 int8 bandwidth links network": "measured, fp32"},
-    )
-
-
 def measured(chip: Chip, device: Any) -> Chip:
     """Returns the chip as `device` has it: its memory, and the rates that it reaches (seconds).
 
@@ -309,13 +280,13 @@ def measured(chip: Chip, device: Any) -> Chip:
         int8=chip.int8 * best / chip.bf16,
         bandwidth=copy_rate(LONG, device),
         host_chips=jax.local_device_count(),
-        host_ram=_ram(),
+        host_ram=ram(),
         sources={**single, **dict.fromkeys(found, MEASURED)},
         **there,
     )
 
 
-def _ram() -> int:
+def ram() -> int:
     """Bytes of this host's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -328,7 +299,7 @@ def product_rate(
     """Returns operations a second of the best of a few products, on the CPU if on no `device`."""
     rows, inner, columns = shape
     a, b = (_ones(s, device, dtype) for s in ((rows, inner), (inner, columns)))
-    return 2 * rows * inner * columns / _least(jax.jit(jnp.matmul), a, b)
+    return 2 * rows * inner * columns / least(jax.jit(jnp.matmul), a, b)
 
 
 def copy_rate(size: int = 2**25, device: Any = None) -> float:
@@ -338,7 +309,7 @@ def copy_rate(size: int = 2**25, device: Any = None) -> float:
     def copies(a: Any) -> Any:
         return jax.lax.fori_loop(0, times, lambda _, a: a + 1, a)
 
-    return times * 2 * a.nbytes / _least(jax.jit(copies), a)
+    return times * 2 * a.nbytes / least(jax.jit(copies), a)
 
 
 def _ones(shape: tuple[int, ...], device: Any = None, dtype: Any = jnp.float32) -> Any:
@@ -346,7 +317,7 @@ def _ones(shape: tuple[int, ...], device: Any = None, dtype: Any = jnp.float32) 
     return jnp.ones(shape, dtype, device=device)
 
 
-def _least(f: Any, *given: Any, rounds: int = 5) -> float:
+def least(f: Any, *given: Any, rounds: int = 5) -> float:
     """Seconds of the best of a few calls."""
     f(*given).block_until_ready()
     return min(_seconds(f, *given) for _ in range(rounds))

@@ -14,7 +14,7 @@ import jax
 
 from lm import sharding
 from lm.config import ConfigError, nearest
-from lm.plan import chips
+from lm.plan import chips, cpu
 from lm.plan.chips import Chip
 
 FORMS = "v5p:4x4x4, 2*v5e:16x16, h100:8x8 (hosts x GPUs), cpu:8 or here"
@@ -157,7 +157,7 @@ def read(name: str) -> Target:
         count = math.prod(shape)
         if slices > 1 or len(shape) > 1 or not 1 <= count <= 1024:
             raise ConfigError(f"--target={name}: expected cpu and devices, like cpu:8")
-        return Target(name=name, chip=chips.cpu(count), shape=shape)
+        return Target(name=name, chip=cpu.chip(count), shape=shape)
     if kind not in chips.CHIPS:
         known = ", ".join([*chips.CHIPS, "cpu"])
         raise ConfigError(
