@@ -8,6 +8,7 @@ TF-IDF of words and a logistic regression. Needs the extras `metrics` and `dev`.
 
 import argparse
 import collections
+import importlib.util
 import json
 import pathlib
 import re
@@ -112,12 +113,10 @@ def translation() -> list[tuple[str, str]]:
 
 
 def spam(folder: pathlib.Path = SPAM, picture: str = "") -> list[tuple[str, str]]:
-    """Returns the row of a linear classifier; draws its confusion matrix where asked to."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ConfigError("spam needs `pip install scikit-learn`") from error
+    """Returns the rows of a linear classifier, of mail as it was sent and as it is read; draws the
+    confusion matrix of the first where asked to."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("spam needs `pip install scikit-learn`")
     sets = {}
     for name in ("train", "valid", "test"):
         path = folder / f"{name}.jsonl"
@@ -125,31 +124,43 @@ def spam(folder: pathlib.Path = SPAM, picture: str = "") -> list[tuple[str, str]
             raise ConfigError(f"{path} is not there; `make spam` writes it")
         lines = path.read_text("utf-8").split("\n")[:-1]
         sets[name] = [json.loads(line) for line in lines]
-    sets["train"] += sets["valid"]  # nothing is chosen here
+    train = sets["train"] + sets["valid"]  # nothing is chosen here
+    many = collections.Counter(m["label"] for m in sets["test"])
+    rows = []
+    for field in ("text", "plain"):
+        counts, how = linear(train, sets["test"], field)
+        if picture and not rows:
+            what = "TF-IDF and logistic regression"
+            plot.confusion(counts.tolist(), LABELS, picture, what)
+        score = classes.scores(counts, LABELS)
+        keys = ("accuracy", "macro_f1", "precision/spam", "recall/spam")
+        what = f"spam test, {many['ham']} ham and {many['spam']} spam, `{field}`: {how}"
+        rows.append((what, ", ".join(f"{k} {score[k]:.4f}" for k in keys)))
+    return rows
+
+
+def linear(
+    train: Sequence[dict[str, str]], test: Sequence[dict[str, str]], field: str
+) -> tuple[np.ndarray, str]:
+    """Returns counts of (true, found) labels by TF-IDF and logistic regression, and what it is."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     began = time.process_time()
     vectors = TfidfVectorizer(sublinear_tf=True)
     model = LogisticRegression(C=100.0, max_iter=1000)
     model.fit(
-        vectors.fit_transform(m["text"] for m in sets["train"]),
-        [LABELS.index(m["label"]) for m in sets["train"]],
+        vectors.fit_transform(m[field] for m in train),
+        [LABELS.index(m["label"]) for m in train],
     )
-    found = model.predict(vectors.transform(m["text"] for m in sets["test"]))
+    found = model.predict(vectors.transform(m[field] for m in test))
     seconds = time.process_time() - began
-    true = [LABELS.index(m["label"]) for m in sets["test"]]
     counts = np.zeros((2, 2), np.int64)
-    np.add.at(counts, (true, found), 1)
-    if picture:
-        plot.confusion(
-            counts.tolist(), LABELS, picture, "TF-IDF and logistic regression"
-        )
-    score = classes.scores(counts, LABELS)
-    many = collections.Counter(m["label"] for m in sets["test"])
-    what = (
-        f"spam test, {many['ham']} ham and {many['spam']} spam: TF-IDF of "
-        f"{len(vectors.vocabulary_):,} words, logistic regression (C 100, {seconds:.0f} CPU s)"
+    np.add.at(counts, ([LABELS.index(m["label"]) for m in test], found), 1)
+    return counts, (
+        f"TF-IDF of {len(vectors.vocabulary_):,} words, logistic regression (C 100, {seconds:.0f} "
+        "CPU s)"
     )
-    keys = ("accuracy", "macro_f1", "precision/spam", "recall/spam")
-    return [(what, ", ".join(f"{k} {score[k]:.4f}" for k in keys))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

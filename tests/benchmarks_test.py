@@ -140,15 +140,15 @@ def test_spam_is_told_apart_or_what_is_missing(tmp_path):
         baselines.spam(tmp_path)
     for name, count in (("train", 16), ("valid", 4), ("test", 6)):
         lines = [
-            {"label": label, "text": f"{text} {i}"}
+            {"label": label, "text": f"{text} {i}", "plain": f"{text} {i}"}
             for i in range(count // 2)
             for label, text in (("ham", "see you at lunch"), ("spam", "win money now"))
         ]
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in lines)
         )
-    [(what, result)] = baselines.spam(tmp_path, str(tmp_path / "spam.png"))
-    assert "3 ham and 3 spam" in what and result.startswith(
-        "accuracy 1.0000, macro_f1 1"
-    )
+    rows = baselines.spam(tmp_path, str(tmp_path / "spam.png"))
+    for field, (what, result) in zip(("text", "plain"), rows, strict=True):
+        assert f"3 ham and 3 spam, `{field}`" in what
+        assert result.startswith("accuracy 1.0000, macro_f1 1")
     assert (tmp_path / "spam.png").stat().st_size > 1000

