@@ -98,9 +98,12 @@ def plain(message: str) -> str:
 
 def _subject(message: email.message.Message) -> str:
     subject = str(message.get("Subject", ""))
-    unread = (LookupError, UnicodeError, email.errors.HeaderParseError)
-    with contextlib.suppress(*unread):  # else it stays as it was sent
-        subject = str(email.header.make_header(email.header.decode_header(subject)))
+    with contextlib.suppress(email.errors.HeaderParseError):  # it stays as it was sent
+        parts = email.header.decode_header(subject)
+        subject = "".join(
+            x if isinstance(x, str) else x.decode(_known(charset), "replace")
+            for x, charset in parts
+        )
     return " ".join(subject.split())
 
 
@@ -113,7 +116,7 @@ def _shown(part: email.message.Message) -> str:
     if how in ("base64", "quoted-printable"):
         data = part.get_payload(decode=True)
         assert isinstance(data, bytes)
-        text = data.decode(_charset(part), "replace")
+        text = data.decode(_known(part.get_content_charset()), "replace")
     if kind != "text/html" and "<html" not in text[:2000].lower():
         return text
     page = Shown()
@@ -122,9 +125,9 @@ def _shown(part: email.message.Message) -> str:
     return "[html] " + "".join(page.text)
 
 
-def _charset(part: email.message.Message) -> str:
-    """The part's character set; Latin-1 where Python knows no such one."""
-    name = encodings.normalize_encoding(part.get_content_charset("latin-1")).lower()
+def _known(charset: str | None) -> str:
+    """Returns a character set that Python knows; for any other, Latin-1."""
+    name = encodings.normalize_encoding(charset or "latin-1").lower()
     known = name in aliases.aliases or name in aliases.aliases.values()
     return name if known else "latin-1"
 
