@@ -52,6 +52,8 @@ class Log:
         self.tokens = tokens  # scored so far, in the whole run
         self._prog, self._writer, self._terminal = prog, writer, terminal
         self._pending: tuple[int, Any] | None = None
+        runs_on = jax.config.values["jax_cpu_enable_async_dispatch"]
+        self._done = prog.layout.platform == "cpu" and not runs_on
         self._means, self._speed = metrics.Means(), metrics.Throughput()
         experiment = prog.experiment
         model, length = experiment.model, experiment.data.length
@@ -69,9 +71,12 @@ class Log:
         self._peak = peak * devices if peak else None
 
     def add(self, step: int, result: Any) -> None:
-        """Takes what the step after `step - 1` returned; fetches the one before."""
+        """Takes what the step after `step - 1` returned; fetches the one before, or this one where
+        a step returns only when it is done."""
         self.arrive()
         self._pending = step, result
+        if self._done:
+            self.arrive()
 
     def restart(self) -> None:
         """Leaves what was done since the last step out of the speed."""

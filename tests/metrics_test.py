@@ -9,15 +9,17 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import fsspec
 import numpy as np
 import pytest
+import toy
 from etils import epath
 from fsspec.implementations import memory
 from tensorboardX.proto import event_pb2
 
-from lm import metrics, plot, terminal
+from lm import log, metrics, plot, terminal
 
 
 def _steps(path: pathlib.Path) -> list[int]:
@@ -304,3 +306,32 @@ def test_a_run_becomes_a_picture(tmp_path: pathlib.Path) -> None:
     assert plot.draw(records[:1], tmp_path / "short.png")
     assert not plot.draw([], tmp_path / "empty.png")
     assert not (tmp_path / "empty.png").exists()
+
+
+class Told(terminal.Terminal):
+    """Remembers the steps that it is told of."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def tick(self, step: int, loss: float, rate: float | None) -> None:
+        self.steps.append(step)
+
+
+@pytest.mark.parametrize("runs_on", [False, True])
+def test_a_step_that_returns_when_it_is_done_is_told_at_once(
+    runs_on: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that runs on after it returned the metrics are fetched a step later."""
+    values = {"jax_cpu_enable_async_dispatch": runs_on}
+    config = types.SimpleNamespace(values=values)
+    monkeypatch.setattr(
+        log, "jax", types.SimpleNamespace(config=config, device_get=dict)
+    )
+    prog, shown = toy.program("train.log_every=10"), Told()
+    names = ("loss", "grad_norm", "tokens", "nll", "bytes", "consecutive")
+    with metrics.Writer(tmp_path, tensorboard=False) as writer:
+        taken = log.Log(prog, writer, shown, 0)
+        for step in (1, 2):
+            taken.add(step, dict.fromkeys(names, 0.0))
+            assert shown.steps == [*range(1, step + 1 - runs_on)]
