@@ -25,7 +25,7 @@ SLENDER = (2048, 192, 512)  # a product as small models have them
 SAMPLE = Experiment(
     name="sample",
     model=Transformer.Config(layers=4, dim=192, heads=3, kv_heads=3, vocab_size=512),
-    data=Data(source=("tfds:lm_text/slice",), length=128),
+    data=Data(source=("tfds:lm_text/slice",), length=128),  # never read
     optim=Optim(),
     train=Train(steps=1, batch_size=8),
 )
