@@ -272,6 +272,17 @@ def test_remat_and_unrolling_change_no_gradient(plain, way):
         assert memory < 0.6 * plain[2]
 
 
+def test_unrolled_layers_are_computed_again_too():
+    """XLA would find the same work in the forward, and keep what that has."""
+    _, grads, whole = gradient("model.scan=false")
+    _, again, memory = gradient("model.scan=false", "model.remat=full")
+    assert memory < whole
+    for path, want in grads.items():
+        assert toy.distance(again[path], want) <= 4 * toy.EPS * np.linalg.norm(want), (
+            path
+        )
+
+
 def test_offload_is_for_accelerators():
     chosen = toy.experiment("model.remat=offload")
     with toy.refused("model.remat=offload", "needs an accelerator", "model.remat=full"):

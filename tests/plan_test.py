@@ -229,6 +229,20 @@ def planned(chosen, folder, searching=False):
     return json.loads((folder / "plan.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("sets", "count"),
+    [
+        ((), 0),
+        (("model.scan=false",), 0),
+        (("model.scan=false", "model.remat=full"), 1),
+    ],
+)
+def test_layers_that_are_not_scanned_are_said_to_hold_more(sets, count):
+    chosen = toy.experiment("mesh.data=2", "model.layers=2", *sets)
+    notes = make.plan(chosen, target.read("h100:2")).notes
+    assert sum("model.scan=false" in note for note in notes) == count
+
+
 def test_where_nothing_fits_the_nearest_is_told(tmp_path):
     chosen = toy.experiment(*BIG, "model.layers=400")
     with toy.refused("h100:2", "none of", "candidates fits into", "the nearest needs"):

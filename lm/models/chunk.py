@@ -97,7 +97,8 @@ def run(
         scan: over places of equal kinds.
         first: number of the stack's first layer, by which layers draw what they drop.
     """
-    place = stack.policy(remat)(functools.partial(_place, places, side, first))
+    place = functools.partial(_place, places, side, first)
+    place = stack.policy(remat, scan)(place)
 
     def unit(x: Array, slices: Any) -> tuple[Array, dict[str, Array]]:
         sums = []

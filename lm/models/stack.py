@@ -171,8 +171,13 @@ def enter(x_BTD: Array) -> Array:
     return reshard(x_BTD, sharding.spec("batch", "length", None))
 
 
-def policy(remat: Remat) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def policy(
+    remat: Remat, scanned: bool
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Returns the transformation of a block's function that keeps what `remat` says.
+
+    Outside a scan XLA would find that the backward computes what the forward did, and keep that
+    after all, if it were not kept from looking.
 
     none: everything · dots: products with weights · attention: attention's output and what its
     backward needs · full: nothing but the block's input · offload: that input, in host memory.
@@ -191,7 +196,7 @@ def policy(remat: Remat) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             offload_dst="pinned_host",
         ),
     }[remat]
-    return lambda f: jax.checkpoint(f, policy=keep, prevent_cse=False)
+    return lambda f: jax.checkpoint(f, policy=keep, prevent_cse=not scanned)
 
 
 class Unit(nnx.Module):
@@ -357,7 +362,7 @@ def _layers(
         y, aux, cache = block(x, side, layer, cache)
         return y, (aux, cache)
 
-    body = policy(remat)(body)
+    body = policy(remat, scan)(body)
     if scan:
         x_BTD, (aux, cache) = jax.lax.scan(body, x_BTD, (blocks, layer, cache))
     else:

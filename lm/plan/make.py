@@ -136,7 +136,7 @@ def modelled(made: Plan, prog: Program, wanted: Target, price: float | None) -> 
         host=speed.host(prog, wanted, held, reached.tokens_per_second),
         timetable=report.ticks(gradients.table(prog)) if prog.staged else (),
         idle=gradients.table(prog).bubble if prog.staged else 0.0,
-        notes=(*made.notes, *_attention(prog), *found.notes),
+        notes=(*made.notes, *_attention(prog), *_unrolled(prog), *found.notes),
     )
 
 
@@ -147,6 +147,17 @@ def _attention(prog: Program) -> tuple[str, ...]:
     apart = placement.attention(prog, packed=False)
     more = "" if apart == here else f"; {apart} with data.isolate=false"
     return (f"Attention: {here}{more}.",)
+
+
+def _unrolled(prog: Program) -> tuple[str, ...]:
+    """What formulas do not know of layers that are not scanned."""
+    model = prog.experiment.model
+    if model.scan or model.remat == "none" or model.layers == 1:
+        return ()
+    return (
+        "model.scan=false: compilers keep more of unrolled layers than model.remat says, twice the "
+        "memory or more; --depth=compile asks",
+    )
 
 
 def checked(prog: Program) -> None:
