@@ -124,6 +124,10 @@ def spam(folder: pathlib.Path = SPAM, picture: str = "") -> list[tuple[str, str]
             raise ConfigError(f"{path} is not there; `make spam` writes it")
         lines = path.read_text("utf-8").split("\n")[:-1]
         sets[name] = [json.loads(line) for line in lines]
+        if not all("plain" in m for m in sets[name]):
+            raise ConfigError(
+                f"{path} lacks the field plain; `make spam` writes it anew"
+            )
     train = sets["train"] + sets["valid"]  # nothing is chosen here
     many = collections.Counter(m["label"] for m in sets["test"])
     rows = []

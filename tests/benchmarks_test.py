@@ -152,3 +152,8 @@ def test_spam_is_told_apart_or_what_is_missing(tmp_path):
         assert f"3 ham and 3 spam, `{field}`" in what
         assert result.startswith("accuracy 1.0000, macro_f1 1")
     assert (tmp_path / "spam.png").stat().st_size > 1000
+    (tmp_path / "test.jsonl").write_text('{"label": "ham", "text": "lunch"}\n')
+    with pytest.raises(
+        ConfigError, match=r"test\.jsonl lacks the field plain.*make spam"
+    ):
+        baselines.spam(tmp_path)
