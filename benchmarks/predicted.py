@@ -15,7 +15,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from lm import experiment, sharding, train  # noqa: E402
-from lm.plan import make, target  # noqa: E402
+from lm.plan import cpu, make, target  # noqa: E402
 from lm.program import Program  # noqa: E402
 
 ROUNDS = 4  # a plan, which measures the CPU's rates, and steps, in turn
@@ -50,6 +50,7 @@ def compared(name: str) -> tuple[list[float], list[float]]:
     here = jax.device_put(batch(prog), where)
     predicted, measured = [], []
     for _ in range(ROUNDS):
+        cpu.rates.cache_clear()
         plan = make.plan(chosen, target.read("cpu:1"))
         assert plan.time is not None
         predicted.append(plan.time.step)

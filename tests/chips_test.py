@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from lm import sharding, train
-from lm.plan import chips, cpu, speed, target
+from lm.plan import chips, cpu, speed, target, work
 
 NUMBERS = {f.name for f in dataclasses.fields(chips.Chip)} - {
     *("name", "kinds", "platform", "sources")
@@ -18,7 +18,8 @@ NUMBERS = {f.name for f in dataclasses.fields(chips.Chip)} - {
 def test_every_number_of_a_chip_has_a_source(chip):
     named = [field for fields in chip.sources for field in fields.split()]
     assert len(named) == len(set(named))
-    assert set(named) | ({"reserved"} if not chip.reserved else set()) == NUMBERS
+    unsaid = {name for name in ("reserved", "start") if not getattr(chip, name)}
+    assert set(named) | unsaid == NUMBERS
     assert all(chip.sources.values())
 
 
@@ -105,32 +106,51 @@ def test_several_targets_are_named_in_one_line():
         target.names(" ")
 
 
+RATE, COPIES = 1e11, 4e10
+
+
+def stopped(monkeypatch, bandwidth, start):
+    """Sets what a CPU's products, copies and steps take, whatever this one does."""
+    monkeypatch.setattr(cpu, "rates", cpu.rates.__wrapped__)  # measures again
+    monkeypatch.setattr(chips, "product_rate", lambda *given: RATE)
+    monkeypatch.setattr(chips, "copy_rate", lambda *given: COPIES)
+
+    def seconds(self):
+        done = self.work
+        seconds = done.hardware_flops / RATE + done.waited_bytes / bandwidth
+        return seconds + done.starts * start
+
+    monkeypatch.setattr(cpu.Step, "seconds", seconds)
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_plan_of_the_step_that_a_cpu_is_measured_by_says_its_time(
     devices, monkeypatch
 ):
-    """Rates are such that the plan of that step, on one device, takes what it took."""
-    took = 1.0
-    monkeypatch.setattr(
-        cpu, "Step", lambda prog: types.SimpleNamespace(seconds=lambda: took)
-    )
-    monkeypatch.setattr(chips, "product_rate", lambda *given: 1e11)
-    monkeypatch.setattr(chips, "copy_rate", lambda *given: 4e10)
+    """Its rates are those of which the steps' times are made."""
+    stopped(monkeypatch, bandwidth=1e10, start=2e-5)
     wanted = target.read(f"cpu:{devices}")
+    assert wanted.chip.bandwidth == pytest.approx(1e10 / devices)
+    assert wanted.chip.start == pytest.approx(2e-5 * devices)
+    assert wanted.chip.links == COPIES / devices / 2
     prog = train.program(
         cpu.SAMPLE, sharding.make_layout(cpu.SAMPLE.mesh, jax.devices()[:1])
     )
-    found = speed.predict(prog, wanted).time
-    assert found.step == pytest.approx(took * devices)
-    assert found.compute > 0
-    assert 0 < wanted.chip.bandwidth < 4e10 / devices
-    assert wanted.chip.links == 4e10 / devices / 2
-
-
-def test_a_cpu_has_no_elementwise_rate_above_that_of_copies(monkeypatch):
-    monkeypatch.setattr(
-        cpu, "Step", lambda prog: types.SimpleNamespace(seconds=lambda: 0.0)
+    found, took = speed.predict(prog, wanted).time, cpu.Step.seconds
+    assert found.step == pytest.approx(
+        devices * took(types.SimpleNamespace(work=work.work(prog)))
     )
-    monkeypatch.setattr(chips, "product_rate", lambda *given: 1e11)
-    monkeypatch.setattr(chips, "copy_rate", lambda *given: 4e10)
-    assert cpu.chip(2).bandwidth == 2e10
+    assert 0 < found.starts < found.hbm
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "start", "found"),
+    [
+        (1e15, 0.0, (COPIES, 0.0)),  # not above the rate of copies
+        (1e10, -1e-5, (1.0535e10, 0.0)),  # a row alone took too short
+    ],
+)
+def test_a_cpus_rates_stay_possible(monkeypatch, bandwidth, start, found):
+    stopped(monkeypatch, bandwidth, start)
+    chip = cpu.chip(1)
+    assert (chip.bandwidth, chip.start) == pytest.approx(found, rel=0.01)

@@ -13,7 +13,7 @@ from lm.experiment import load, names
 from lm.models import stack
 from lm.models.encoder_decoder import EncoderDecoder
 from lm.nn.blockwise import Tokens
-from lm.plan import flops, layer, target
+from lm.plan import flops, jaxprs, layer, target
 from lm.program import STACK, program
 
 # So wide that what is not a product, which XLA counts too, is below 1 %.
@@ -99,6 +99,14 @@ def test_attention_costs_the_blocks_that_are_needed(chip, products):
     pair = 2 * 512 * 512 * 64 * 8 * 2  # a product of all heads of two rows
     assert whole.flops_forward - window.flops_forward == 3 * 2 * pair
     assert whole.flops_backward - window.flops_backward == 3 * products * pair
+
+
+def test_kernels_of_a_loop_start_in_every_turn():
+    def turn(x_ab, _):  # a product, and what it gives to the next turn
+        return jnp.tanh(x_ab @ x_ab), None
+
+    traced = jax.make_jaxpr(lambda x_ab: jax.lax.scan(turn, x_ab, length=5)[0])
+    assert jaxprs.total(traced(jnp.ones((4, 4)))).starts == 5 * 2
 
 
 def test_devices_share_the_work_of_a_layer():

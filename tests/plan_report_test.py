@@ -62,6 +62,7 @@ def test_every_number_of_json_has_a_unit_or_needs_none():
         "microbatch",
     }
     counted |= {
+        "starts",  # of kernels, in work; seconds in time
         "round",
         "mfu_full",
         "tokens_per_second",

@@ -20,6 +20,7 @@ def parts() -> dict[str, Any]:
             hardware_flops=1.38 * step,
             hbm_bytes=6.2e12,
             waited_bytes=3.1e12,
+            starts=41_000.0,
         ),
         "transfers": (
             report.Transfer(
@@ -36,7 +37,7 @@ def parts() -> dict[str, Any]:
             ),
         ),
         "time": report.Time(
-            compute=6.1, hbm=0.25, exposed=0.7, bubble=0.6, host=0.0, low=6.9, high=9.2,
+            compute=6.1, hbm=0.25, starts=0.0, exposed=0.7, bubble=0.6, host=0.0, low=6.9, high=9.2,
             limit="compute",
         ),
         "speed": report.Speed(

@@ -38,6 +38,7 @@ class Chip:
     host_chips: int
     host_ram: int  # bytes
     largest: int  # chips that near links join at most
+    start: float = 0.0  # seconds that a kernel takes however small; 0: not counted
     reserved: int = 0  # bytes of HBM that the runtime keeps, or does not take
     sources: dict[str, str]
 

@@ -318,6 +318,7 @@ class _Walk:
             flops=one.flops * times,
             traffic=one.traffic * times,
             waited=one.waited * times,
+            starts=one.starts * times,
             inner=one.peak,
             gathered=one.gathered,
         )

@@ -14,6 +14,7 @@ class Total:
     peak: int  # bytes that it holds at once beside its arguments
     gathered: int  # of these, what collectives make
     waited: float = 0.0  # bytes of the traffic that do not pass beside products
+    starts: float = 0.0  # kernels, of loops each turn's
     loops: tuple["Total", ...] = ()  # of one turn of each scan
 
 
@@ -41,6 +42,7 @@ class Kernel:
     waited: float | None = None  # of a loop, see `Total`
     fused: bool = False  # elementwise: may write where it reads
     product: bool = False
+    starts: float = 1.0  # kernels that it is made of
     into: Buffer | None = None  # changed in its place
 
 
@@ -92,6 +94,7 @@ def total(
         peak=peak,
         gathered=gathered,
         waited=sum(_waited(k, beside) for k in there),
+        starts=sum(k.starts for k in there),
         loops=tuple(loops),
     )
 

@@ -37,6 +37,8 @@ class Cost:
     bytes_backward: float
     waited_forward: float  # bytes of these that no product hides
     waited_backward: float
+    starts_forward: float  # kernels
+    starts_backward: float
     kept: int  # bytes from forward to backward, beside parameters
     shared: int = 0  # kept too, but once for all layers
     working_forward: int  # bytes held at once, beside parameters and what is kept
@@ -319,6 +321,8 @@ class Trace:
             bytes_backward=behind.traffic,
             waited_forward=ahead.waited,
             waited_backward=behind.waited,
+            starts_forward=ahead.starts,
+            starts_backward=behind.starts,
             kept=kept // REPEATS if loop else kept,
             shared=shared,
             working_forward=ahead.peak if loop else ahead.peak - kept,
@@ -335,6 +339,7 @@ def again(cost: Cost) -> Cost:
         flops_backward=cost.flops_forward + cost.flops_backward,
         bytes_backward=cost.bytes_forward + cost.bytes_backward,
         waited_backward=cost.waited_forward + cost.waited_backward,
+        starts_backward=cost.starts_forward + cost.starts_backward,
     )
 
 

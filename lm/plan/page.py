@@ -81,7 +81,7 @@ FILLS = {
     "#009e73": ("cause-gradients", "kindH"),
     "#e69f00": ("cause-activations", "cause-bubble", "kindB"),
     "#d55e00": ("cause-layer", "cause-exposed", "far"),
-    "#f0e442": ("cause-loss",),
+    "#f0e442": ("cause-loss", "cause-starts"),
     "#cc79a7": ("cause-collectives", "cause-host"),
     "#999999": ("cause-margin", "group"),
 }

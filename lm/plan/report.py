@@ -54,6 +54,7 @@ class Work:
     )
     hbm_bytes: float  # read and written
     waited_bytes: float  # of these, what does not pass beside arithmetic
+    starts: float  # kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class Time:
 
     compute: float  # hardware_flops at the rate that big products reach
     hbm: float  # seconds in which memory, not arithmetic, is waited for
+    starts: float  # seconds that kernels take to start
     exposed: float  # seconds of transfers that nothing hides
     bubble: float  # seconds that the stages of a pipeline wait
     host: float  # seconds in which the input is waited for
@@ -85,7 +87,8 @@ class Time:
     @property
     def step(self) -> float:
         """Seconds of a step, the sum of the parts."""
-        return self.compute + self.hbm + self.exposed + self.bubble + self.host
+        on_device = self.compute + self.hbm + self.starts
+        return on_device + self.exposed + self.bubble + self.host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,11 +228,15 @@ UNITS: dict[type, dict[str, str]] = {
         **dict.fromkeys(("hbm", "reserved", "host_ram"), "bytes"),
         **dict.fromkeys(("bandwidth", "links", "network"), "bytes_per_second"),
         "largest": "chips",
+        "start": "seconds",
     },
     Memory: dict.fromkeys((*Memory.__dataclass_fields__, "total"), "bytes"),
     Transfer: {"hidden": "seconds"},
     Time: dict.fromkeys(
-        ("compute", "hbm", "exposed", "bubble", "host", "low", "high", "step"),
+        (
+            *("compute", "hbm", "starts", "exposed", "bubble", "host"),
+            *("low", "high", "step"),
+        ),
         "seconds",
     ),
     Host: {

@@ -167,7 +167,7 @@ def _blocks(prog: Program, trace: Trace) -> tuple[Group, ...]:
     group = trace.groups()[0]
     _, rounds, count = prog.places.shape
     stream, cost = local.size(trace.stream(trace.inner)), layer.again(group.cost)
-    added = ("flops", "bytes", "waited", "kept")
+    added = ("flops", "bytes", "waited", "starts", "kept")
     many = {n: v * count for n, v in vars(cost).items() if n.startswith(added)}
     held = cost.working_backward + 2 * stream
     ahead = cost.working_forward + stream

@@ -77,15 +77,17 @@ def times(
     useful = _useful(prog)
     products = computed.hardware_flops / (chip.bf16 * chip.reach)
     memory = computed.waited_bytes / chip.bandwidth
+    starts = computed.starts * chip.start
+    busy = products + memory + starts
     alone = sum(t.seconds for t in sent)
     exposed = alone - sum(t.hidden for t in sent)
     tokens = tokens_of(prog)
-    on_device = products + memory + exposed
-    host = max(0.0, tokens / hosts / FEED - on_device)
+    host = max(0.0, tokens / hosts / FEED - busy - exposed)
     parts = {
         "compute": products * useful,
         "HBM": memory * useful,
-        "bubble": (products + memory) * (1 - useful),
+        "starting kernels": starts * useful,
+        "bubble": busy * (1 - useful),
         "host input": host,
     }
     for t in sent:
@@ -94,11 +96,12 @@ def times(
     return Time(
         compute=parts["compute"],
         hbm=parts["HBM"],
+        starts=parts["starting kernels"],
         exposed=exposed,
         bubble=parts["bubble"],
         host=host,
-        low=products + memory + host + max(0.0, alone - products - memory),
-        high=products / WORST + memory + alone + host,
+        low=busy + host + max(0.0, alone - busy),
+        high=products / WORST + memory + starts + alone + host,
         limit=max(parts, key=lambda name: parts[name]),
     )
 

@@ -15,6 +15,7 @@ ADVICE = "What would change it"
 PARTS = {  # of a step's time, by field
     "compute": "arithmetic",
     "hbm": "waiting for HBM",
+    "starts": "starting kernels",
     "exposed": "exposed transfers",
     "bubble": "pipeline bubble",
     "host": "waiting for input",

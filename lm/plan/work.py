@@ -17,23 +17,24 @@ def work(prog: Program, parts: layer.Costs | None = None) -> Work:
     one, full = (
         flops.forward(e.model, length, causal=c, written=written) for c in (True, False)
     )
-    computed, moved, waited = _passes(prog, parts or layer.costs(prog))
+    done = _passes(prog, parts or layer.costs(prog))
     update = _update_bytes(prog)
     return Work(
         forward_flops=one,
         forward_flops_full=full,
         model_flops=3 * one * tokens,
         model_flops_full=3 * full * tokens,
-        hardware_flops=computed,
-        hbm_bytes=moved + update,
-        waited_bytes=waited + update,
+        hardware_flops=done["flops"],
+        hbm_bytes=done["bytes"] + update,
+        waited_bytes=done["waited"] + update,
+        starts=done["starts"] + len(prog.updates),
     )
 
 
-def _passes(prog: Program, parts: layer.Costs) -> tuple[float, float, float]:
-    """Returns the operations, the bytes read and written, and those that are waited for, of all
-    passes of a step. A stage runs one chunk in each tick, idle or not; without stages a pass runs
-    all layers."""
+def _passes(prog: Program, parts: layer.Costs) -> dict[str, float]:
+    """Returns the operations, the bytes read and written, those that are waited for, and the
+    kernels of all passes of a step. A stage runs one chunk in each tick, idle or not; without
+    stages a pass runs all layers."""
     runs = minimum.passes(prog)
     groups = [
         (1 if prog.staged else group.count, runs.forward, runs.backward, group.cost)
@@ -41,16 +42,14 @@ def _passes(prog: Program, parts: layer.Costs) -> tuple[float, float, float]:
     ]
     groups.append((1, runs.forward, runs.backward, parts.embed))
     groups.append((1, runs.head, runs.head, parts.head))
-    computed = moved = waited = 0.0
+    found: dict[str, float] = dict.fromkeys(("flops", "bytes", "waited", "starts"), 0.0)
     for count, forward, backward, cost in groups:
-        computed += count * (
-            forward * cost.flops_forward + backward * cost.flops_backward
-        )
-        moved += count * (forward * cost.bytes_forward + backward * cost.bytes_backward)
-        waited += count * (
-            forward * cost.waited_forward + backward * cost.waited_backward
-        )
-    return computed, moved, waited
+        for name in found:
+            ahead, behind = (
+                getattr(cost, f"{name}_{way}") for way in ("forward", "backward")
+            )
+            found[name] += count * (forward * ahead + backward * behind)
+    return found
 
 
 def _update_bytes(prog: Program) -> float:
