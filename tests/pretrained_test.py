@@ -80,3 +80,19 @@ def test_a_template_has_what_those_of_transformers_use(source):
     coder = chat.Chat(templated(source, text))
     year = datetime.date.today().year
     assert coder.decode(coder.prompt("ab")[1:]) == f'{year}{{\n "é": 1\n}}ab'
+
+
+@pytest.mark.parametrize(
+    ("folder", "made", "words"),
+    [
+        ("run/tokenizer", False, ("not there", "--mode=import --from=DIR --workdir=")),
+        ("run/tokenizer", True, ("has no tokenizer.json",)),
+        ("elsewhere", False, ("has no tokenizer.json",)),
+    ],
+)
+def test_a_directory_without_a_tokenizer_is_told(tmp_path, folder, made, words):
+    path = tmp_path / folder
+    if made:
+        path.mkdir(parents=True)
+    with toy.refused("data.tokenizer.path", *words):
+        pretrained.read(str(path))

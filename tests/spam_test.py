@@ -44,7 +44,7 @@ def test_parts_are_decoded_and_attachments_named(tool):
     secret = base64.b64encode("naïve".encode("latin-1")).decode()
     whole = message(
         """
-        Subject: =?nonsense?q?as=20sent?=
+        Subject: =?base64?q?as=20sent?=
         Content-Type: multipart/mixed; boundary=zz
         """,
         f"""

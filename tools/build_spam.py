@@ -125,10 +125,18 @@ def _shown(part: email.message.Message) -> str:
     return "[html] " + "".join(page.text)
 
 
+# Python's codecs that turn bytes into bytes, or text into text.
+OTHERS = {
+    *("base64_codec", "bz2_codec", "hex_codec", "quopri_codec", "uu_codec"),
+    *("rot_13", "zlib_codec"),
+}
+
+
 def _known(charset: str | None) -> str:
     """Returns a character set that Python knows; for any other, Latin-1."""
     name = encodings.normalize_encoding(charset or "latin-1").lower()
-    known = name in aliases.aliases or name in aliases.aliases.values()
+    name = aliases.aliases.get(name, name)
+    known = name in aliases.aliases.values() and name not in OTHERS
     return name if known else "latin-1"
 
 

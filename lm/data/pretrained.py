@@ -151,7 +151,13 @@ def read(path: str) -> dict[str, bytes]:
     names = (MAIN, *BESIDE)
     files = {n: (directory / n).read_bytes() for n in names if (directory / n).exists()}
     if MAIN not in files:
-        raise ConfigError(f"data.tokenizer.path={path} has no {MAIN}")
+        there = directory.exists()
+        raise ConfigError(
+            f"data.tokenizer.path={path} has no {MAIN}"
+            if there or directory.name != "tokenizer"
+            else f"data.tokenizer.path={path}: not there; --mode=import --from=DIR "
+            f"--workdir={directory.parent} puts it there, with the weights beside it"
+        )
     return files
 
 
