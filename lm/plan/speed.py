@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from lm import batches, sharding
 from lm.config import ConfigError
-from lm.plan import layer, minimum
+from lm.plan import count, layer, minimum
 from lm.plan.chips import Chip
 from lm.plan.report import Host, Memory, Speed, Time, Transfer, Work
 from lm.plan.target import Target
@@ -107,7 +107,7 @@ def _useful(prog: Program) -> float:
     """Share of a pipeline's ticks in which a stage has work; 1 without stages."""
     if not prog.staged:
         return 1.0
-    runs, A = minimum.passes(prog), prog.experiment.train.accumulate
+    runs, A = count.passes(prog), prog.experiment.train.accumulate
     jobs = A * prog.microbatches * prog.experiment.pipeline.rounds
     return 3 * jobs / (runs.forward + 2 * runs.backward)
 
