@@ -149,39 +149,38 @@ class _Count(count.Count):
         """The vocabulary is split: a row of the embedding is summed over all who may have it, the
         gradient of the head's input over all who have logits, and each token's maximum, sum and
         label are (fp32)."""
-        p, words = (
-            self.passes,
-            not isinstance(self.prog.experiment.objective, Classification),
-        )
+        p, objective = self.passes, self.prog.experiment.objective
         for layers in self.stacks.values():
             yield from self._ends("lookup", layers, p.forward, p.backward)
-        if not words:
+        if isinstance(objective, Classification):
             return
         yield from self._ends("head", self.written, p.head, p.head)
-        smoothing = getattr(self.prog.experiment.objective, "label_smoothing", 0.0)
-        numbers = 3 + bool(smoothing)
+        numbers = 3 + bool(getattr(objective, "label_smoothing", 0.0))
         size = numbers * self.b * self.written.t * FP32
         yield self.term("loss", "all-reduce", self.layout.axes("vocab"), size, p.head)
 
     def _ends(
         self, what: str, layers: Layers, sums: int, gathers: int
     ) -> Iterable[Term]:
-        over = self.layout.axes("vocab")
+        over, m = self.layout.axes("vocab"), self.model
         inside = tuple(a for a in over if a in self.layout.axes("residual"))
         rest = tuple(a for a in over if a not in inside)
         kept = layers.act / math.prod(self.layout.mesh.shape[a] for a in inside)
-        if not inside:
+        # The length is split behind the lookup, and before the head.
+        yield self.term(what, "all-gather", inside, layers.act, gathers)
+        added = m.learned or m.sinusoidal or m.embed_scale != 1
+        if not inside or (
+            what == "lookup" and added
+        ):  # to the whole, which is cut then
             yield self.term(what, "all-reduce", over, layers.act, sums)
             return
-        # The length is split behind the lookup, and before the head.
         yield self.term(what, "reduce-scatter", inside, layers.act, sums)
-        yield self.term(what, "all-gather", inside, layers.act, gathers)
         yield self.term(what, "all-reduce", rest, kept, sums)
 
     def stages(self) -> Iterable[Term]:
         """Every tick passes activations on, and gradients back; all stages get the last one's
         output for the head, or to look at, and the first one's gradient for the embedding, by a
-        sum. What is looked at has a gradient on each stage, and these are summed once."""
+        sum. What is looked at has a gradient on each stage; these are summed once, in fp32."""
         if not self.prog.staged:
             return
         over, p = self.layout.axes("layers"), self.passes
@@ -196,4 +195,5 @@ class _Count(count.Count):
         if ENCODER in self.stacks:
             act = self.stacks[ENCODER].act / shares
             often = self.prog.experiment.train.accumulate * self.prog.microbatches
-            yield self.term("stages: looked at", "all-reduce", over, act, often)
+            grads = act / self.item * FP32
+            yield self.term("stages: looked at", "all-reduce", over, grads, often)

@@ -62,8 +62,10 @@ def _looked_at(count: Count, layers: Layers) -> Iterable[Term]:
         return
     over, p = count.layout.axes("mlp"), count.passes
     act = count.stacks[ENCODER].act
-    yield count.term("tensor: looked at", "all-reduce", over, act, p.backward)
-    if over and over[0] in count.layout.axes("residual"):
+    split = over and over[0] in count.layout.axes("residual")
+    kind = "reduce-scatter" if split else "all-reduce"
+    yield count.term("tensor: looked at", kind, over, act, p.backward)
+    if split:
         times = p.forward + count.prog.staged * p.backward
         yield count.term("tensor: looked at", "all-gather", over, act, times)
 
