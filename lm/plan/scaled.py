@@ -23,6 +23,7 @@ SHARES = (
     2,
     4,
 )  # of weights; two stand for all larger numbers, of two stacks a line through both
+ENOUGH = 1024  # tokens of rows, from which on twice as many cost a line's more
 STAGES = 2, 4  # that a vocabulary is split over; beyond them costs are a line in shares
 
 _known: dict[Any, Any] = {}
@@ -48,10 +49,11 @@ def _of(prog: Program, shares: int) -> Costs:
     count, mesh = layer.rows(prog), prog.layout.mesh.shape
     few = {a: min(mesh[a], shares) for a in sharding.GATHERED}
     sizes = {**mesh, **few, **dict.fromkeys(prog.layout.rules.replica, 1)}
-    if count <= 2:
+    few_rows = min(4, max(1, ENOUGH // prog.experiment.data.length))
+    if count <= 2 * few_rows:
         return _traced(prog, sizes, count)
-    one, two = (_traced(prog, sizes, n) for n in (1, 2))
-    return _line(one, two, count)
+    near, far = (_traced(prog, sizes, n) for n in (few_rows, 2 * few_rows))
+    return _line(near, far, count / few_rows)
 
 
 def least(prog: Program, remats: Sequence[stack.Remat] = ()) -> Costs:
