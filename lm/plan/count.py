@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from lm import batches, gradients, sharding
+from lm.models.encoder import Encoder
 from lm.models.encoder_decoder import ENCODER
 from lm.models.stack import Block
 from lm.nn.moe import Moe
@@ -22,6 +23,7 @@ class Term:
     kind: str  # of `collectives.KINDS`
     axes: frozenset[str]  # mesh axes that it crosses
     bytes: float  # that a device receives in a step
+    waits: float = 0.0  # times that nothing else is done until a few bytes have come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,14 @@ class Count:
             again=1.0 if prog.staged and kept else before + (not kept),
             before=before,
         )
+
+    @property
+    def lookups(self) -> int:
+        """How often a stack's ids are looked up: on stages in the backward, too, where it needs
+        what they gave, for a norm stands behind."""
+        normed = isinstance(self.model, Encoder.Config) and self.model.norms == "post"
+        again = normed and self.prog.staged
+        return self.passes.forward + again * self.passes.backward
 
     def term(
         self, what: str, kind: str, axes: tuple[str, ...], operand: float, times: float

@@ -87,8 +87,9 @@ class _Count(count.Count):
                 continue
             item = FP32 if "choice" in axes else self.item  # routers decide in fp32
             for use, part in self._uses(path):
-                times = self.passes.head if use == "head" else self.passes.forward
+                times = self.passes.head if use == "head" else self.lookups
                 if use == "layers":
+                    times = self.passes.forward
                     layers = self.stacks[path.split("/")[0]]
                     times += layers.again * self.passes.backward
                 whole = self.whole(path, over) * part * item
@@ -151,7 +152,7 @@ class _Count(count.Count):
         label are (fp32)."""
         p, objective = self.passes, self.prog.experiment.objective
         for layers in self.stacks.values():
-            yield from self._ends("lookup", layers, p.forward, p.backward)
+            yield from self._ends("lookup", layers, self.lookups, p.backward)
         if isinstance(objective, Classification):
             return
         yield from self._ends("head", self.written, p.head, p.head)

@@ -3,6 +3,7 @@
 Letters as in `lm.plan.minimum`.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,17 +73,21 @@ def _looked_at(count: Count, layers: Layers) -> Iterable[Term]:
 
 def _states(count: Count, layers: Layers, block: Block.Config) -> Iterable[Term]:
     """Every token's product with the state that the token before left: it is gathered, and its
-    gradient summed to the parts again. All are gathered once more for the gradient of the matrix.
+    gradient summed in fp32. All are gathered once more for the gradient of the matrix.
     """
     if not isinstance(block.mixer, Lstm.Config | Gru.Config):
         return
     over, p = count.layout.axes("mlp"), count.passes
     size = count.b * layers.t * block.mixer.width(block.dim) * count.item
-    again = count.repeated(layers, "keys")
-    gathers = (p.forward + again + p.backward) * layers.mixers
-    yield count.term("tensor: states", "all-gather", over, size, gathers)
-    sums = p.backward * layers.mixers
-    yield count.term("tensor: states", "reduce-scatter", over, size, sums)
+    runs = (p.forward + count.repeated(layers, "keys")) * layers.mixers
+    back = p.backward * layers.mixers
+    once = count.term("tensor: states", "all-gather", over, size, runs)
+    yield dataclasses.replace(once, waits=layers.T * runs if over else 0)
+    yield count.term("tensor: states", "all-gather", over, size, back)
+    grads = count.term(
+        "tensor: states", "all-reduce", over, size / count.item * FP32, back
+    )
+    yield dataclasses.replace(grads, waits=layers.T * back if over else 0)
 
 
 def _keys(count: Count, layers: Layers, block: Block.Config) -> Iterable[Term]:
