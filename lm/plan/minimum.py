@@ -108,9 +108,9 @@ class _Count(count.Count):
         """
         tokens = self.layout.axes("batch") + self.layout.axes("length")
         for path, axes in self.prog.axes.items():
-            if not {"embed", "vocab", "mlp", "heads", "kv_heads"} & set(axes) or (
-                axes[-1] in ("norm", "head_dim") and "embed" not in axes
-            ):
+            wide = len(axes) - ("layers" in axes) > 1
+            wide = wide and {"embed", "vocab", "mlp", "heads", "kv_heads"} & set(axes)
+            if not wide or (axes[-1] in ("norm", "head_dim") and "embed" not in axes):
                 continue  # norms, biases
             split = self.split(path)
             here = self.layout.axes("dispatched") if "expert" in axes else tokens

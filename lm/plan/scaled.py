@@ -2,8 +2,10 @@
 
 What a device computes, keeps and moves is a line over the rows that it has: a part for weights and
 one for activations. Layers of a pipeline's stage are as many layers without one. So traces of one
-row and of two do for all batches and microbatches, for any number of shares of weights (two stand
-for more), and for all pipelines with the same tensor, sequence and expert axes.
+row and of two (of short rows: of a few and of twice as many) do for all batches and microbatches,
+for any number of shares of weights (two stand for more), and for all pipelines with the same
+tensor, sequence and expert axes. Stages of two stacks, or of layers of several kinds, are traced
+as they are.
 """
 
 import dataclasses
@@ -19,11 +21,8 @@ from lm.plan import layer, local
 from lm.plan.layer import Cost, Costs, Group, Trace
 from lm.program import STACK, Program, varied
 
-SHARES = (
-    2,
-    4,
-)  # of weights; two stand for all larger numbers, of two stacks a line through both
-ENOUGH = 1024  # tokens of rows, from which on twice as many cost a line's more
+SHARES = 2, 4  # of weights: two stand for more; of two stacks beyond costs are a line
+ENOUGH = 1024  # tokens of rows, beyond which costs are a line; before, less passes beside products
 STAGES = 2, 4  # that a vocabulary is split over; beyond them costs are a line in shares
 
 _known: dict[Any, Any] = {}
@@ -49,11 +48,11 @@ def _of(prog: Program, shares: int) -> Costs:
     count, mesh = layer.rows(prog), prog.layout.mesh.shape
     few = {a: min(mesh[a], shares) for a in sharding.GATHERED}
     sizes = {**mesh, **few, **dict.fromkeys(prog.layout.rules.replica, 1)}
-    few_rows = min(4, max(1, ENOUGH // prog.experiment.data.length))
-    if count <= 2 * few_rows:
+    first = min(4, max(1, ENOUGH // prog.experiment.data.length))
+    if count <= 2 * first:
         return _traced(prog, sizes, count)
-    near, far = (_traced(prog, sizes, n) for n in (few_rows, 2 * few_rows))
-    return _line(near, far, count / few_rows)
+    near, far = (_traced(prog, sizes, n) for n in (first, 2 * first))
+    return _line(near, far, count / first)
 
 
 def least(prog: Program, remats: Sequence[stack.Remat] = ()) -> Costs:
