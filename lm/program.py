@@ -126,12 +126,12 @@ class Program:
     def _places(self, path: str) -> chunk.Places:
         return self.stacks[_name(path)]
 
-    def computed(self, part: str) -> list[Any]:
+    def computed(self, part: str, name: str = STACK) -> list[Any]:
         """Returns the configs of a part (`mixer`, `ffn`) that a device computes one after another:
-        of every layer, or of a chunk's places and all kinds that stages have there."""
-        blocks = self.experiment.model.blocks
+        of every layer of a stack, or of a chunk's places and all kinds that stages have there."""
+        blocks = self.experiment.model.stacks[name]
         if self.staged:
-            return self.chunks.computed(blocks, part)
+            return self.stacks[name].computed(blocks, part)
         return [getattr(block, part) for block in blocks]
 
     def use(self, path: str) -> float:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lm import sharding
 from lm.config import ConfigError
-from lm.plan import collectives, minimum, target, topology
+from lm.plan import collectives, communication, minimum, target, topology
 from lm.sharding import MeshConfig
 
 MESH = sharding.abstract_layout(MeshConfig(data=2, tensor=4), 8).mesh
@@ -178,9 +178,46 @@ def test_experts_send_there_and_back():
     assert summed("experts", *sets) == {"all-to-all": 2 * 4 * slots * 7 / 8}
 
 
-def test_what_has_no_formula_is_refused():
-    with toy.refused("model=Recurrent", "no formula for what mesh.tensor sends"):
-        summed("tensor", "model=Recurrent", "mesh.tensor=2")
+TWO = [
+    *("model=EncoderDecoder", "model.layers=2", "model.encoder_layers=2"),
+    *("objective=Seq2Seq", "objective.target_length=8", "data.packing=documents"),
+]
+
+
+def test_two_stacks_send_what_each_of_them_does():
+    """16 rows of 16 tokens that are read and 8 that are written, in bf16."""
+    read, written = 16 * 16 * 32 * 2, 16 * 8 * 32 * 2
+    sums = 2 * (4 * read + 6 * written)  # layers; those that write attend twice
+    assert summed("tensor: layers", *TWO, "mesh.tensor=2") == {"all-reduce": sums}
+    assert summed("tensor: looked at", *TWO, "mesh.tensor=2") == {"all-reduce": read}
+    assert summed("lookup", *TWO, "mesh.tensor=2") == {"all-reduce": read + written}
+    both = [*TWO, "mesh.pipe=2", "pipeline.schedule=gpipe", "pipeline.microbatches=4"]
+    tick = (read + written) / 4
+    assert summed("stages", *both) == {"collective-permute": 2 * 5 * tick}
+    assert summed("stages: ends", *both) == {"all-reduce": (4 + 5) * tick}
+    assert summed("stages: looked at", *both) == {"all-reduce": 2 * read}  # fp32
+    keys = summed("keys", *TWO, "mesh.seq=2", "model.attention.context=gather")
+    whole = 2 * (2 * read + 8 * 16 * 16) + 2 * written + 8 * 16 * 8
+    assert keys == {"all-gather": 2 * 2 * whole / 2}
+
+
+def test_two_stacks_on_stages_send_what_is_compiled():
+    """The program that runs on four CPUs, over every mesh axis and by every kind."""
+    sets = [*TWO, "mesh.pipe=2", "mesh.tensor=2", "pipeline.schedule=gpipe"]
+    prog = toy.program(*sets, "model.dim=64", "pipeline.microbatches=2")
+    found = collectives.read(communication.compiled(prog).as_text(), prog.layout.mesh)
+    rows = communication.compare(prog, found)
+    for row in rows:
+        assert row.sent == pytest.approx(row.needed, rel=0.02), rows
+
+
+def test_devices_that_share_a_state_wait_at_every_token():
+    sets = ("model=Recurrent", "model.layers=2", "mesh.tensor=2")
+    _, prog = needed(*sets)
+    (there, back) = (t for t in minimum.of(prog) if t.waits)
+    size = 2 * 16 * 16 * 32 * 2  # two layers, 16 rows of 16 tokens
+    assert (there.kind, there.bytes, there.waits) == ("all-gather", size / 2, 2 * 16)
+    assert (back.kind, back.bytes, back.waits) == ("all-reduce", 2 * size, 2 * 16)
 
 
 def test_tokens_without_drops_are_counted_as_in_balance():

@@ -13,6 +13,7 @@ import pytest
 import toy
 
 from lm import config, train, trees
+from lm.experiment import load
 from lm.plan import collectives, communication, minimum, topology
 from lm.program import program
 
@@ -71,6 +72,40 @@ MESHES = {
     "expert 8": MOE,
     "expert 4 x fsdp 2": [*MOE, "mesh.expert=4", "mesh.fsdp=2"],
 }
+# Of the same width; two stacks of other lengths.
+SIZES = [
+    *("model.dim=1024", "model.heads=16", "model.layers=2", "model.ffn.hidden=4096"),
+    *("model.vocab_size=8192", "model.dropout=0", "model.remat=full", "mesh.data=1"),
+    *("train.batch_size=64", "eval.batch_size=64", "optim.algorithm=AdamW"),
+]
+T5 = [
+    *(*SIZES, "model.encoder_layers=2", "data.length=1024"),
+    *("objective.target_length=512", "model.scan=true", "pipeline.schedule=gpipe"),
+]
+BERT = [*SIZES, "data.length=512", "model.positions.length=512"]
+LSTM = [s for s in SIZES if "heads" not in s and "ffn" not in s]
+OTHERS = {
+    "two stacks: fsdp 8": ("translate_en_es", [*T5, "mesh.fsdp=8"]),
+    "two stacks: tensor 8, sequence": (
+        "translate_en_es",
+        [*T5, "mesh.tensor=8", "mesh.sequence_parallel=true"],
+    ),
+    "two stacks: pipe 2 x fsdp 4": (
+        "translate_en_es",
+        [*T5, "mesh.pipe=2", "mesh.fsdp=4", "model.norms=before"],
+    ),
+    "two stacks: seq 8, ring": (
+        "translate_en_es",
+        [*T5, "mesh.seq=8", "model.attention.context=ring", "model.remat=attention"],
+    ),
+    "encoder: tensor 8": ("bert_tiny", [*BERT, "mesh.tensor=8"]),
+    "encoder: pipe 2 x fsdp 4": ("bert_tiny", [*BERT, "mesh.pipe=2", "mesh.fsdp=4"]),
+    "recurrent: tensor 8": (
+        "shakespeare_lstm",
+        [*LSTM, "data.length=512", "model.mixer.hidden=1024", "mesh.tensor=8"],
+    ),
+}
+ALL = [*MESHES, *OTHERS]
 SHARE = 1.05  # of the minimum, norms' gradients, ids and scalars included
 # Where gradients are reduced whole in the loop over layers and cut into shares after it, as XLA
 # does over two axes of the batch at once.
@@ -80,7 +115,11 @@ CUT = {"expert 4 x fsdp 2"}
 def programs(mesh: str) -> Any:
     """Returns the program of a mesh, on the devices that are not here."""
     model = MODEL if "expert" not in mesh else [s for s in MODEL if "ffn" not in s]
-    chosen = config.override(toy.BASE, [*model, *MESHES[mesh]])
+    if mesh in OTHERS:
+        name, sets = OTHERS[mesh]
+        chosen = config.override(load(name), sets)
+    else:
+        chosen = config.override(toy.BASE, [*model, *MESHES[mesh]])
     count = math.prod(chosen.mesh.sizes().values())
     layout = topology.sharding.make_layout(chosen.mesh, DEVICES[:count])
     return program(chosen, layout)
@@ -94,7 +133,7 @@ def sent(mesh: str) -> tuple[Any, list[collectives.Collective]]:
     return prog, collectives.read(text, prog.layout.mesh)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ALL)
 def test_a_step_sends_what_it_has_to(mesh):
     """In all, and over every mesh axis; no kind of collective is there that has no reason."""
     prog, found = sent(mesh)
@@ -116,7 +155,7 @@ def test_a_step_sends_what_it_has_to(mesh):
         assert row.sent >= 0.999 * row.needed, table
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ALL)
 def test_weights_are_gathered_in_the_dtype_of_compute(mesh):
     """ZeRO-1 gathers fp32 parameters once a step, and a router's scores are fp32."""
     _, found = sent(mesh)
@@ -127,7 +166,7 @@ def test_weights_are_gathered_in_the_dtype_of_compute(mesh):
     assert gathered <= 0.01 * total or "zero1" in mesh
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ALL)
 def test_only_experts_send_all_to_all(mesh):
     _, found = sent(mesh)
     kinds = {c.kind for c in found}
@@ -184,5 +223,5 @@ if __name__ == "__main__":  # `make communication`
     )
     print(f"jax {jax.__version__}, {DEVICES[0].device_kind if DEVICES else MISSING}")
     print(head)
-    for name in MESHES if DEVICES else ():
+    for name in ALL if DEVICES else ():
         print(communication.table(communication.compare(*sent(name)), name), flush=True)

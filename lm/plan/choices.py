@@ -14,7 +14,6 @@ from lm.experiment import Experiment
 from lm.models import kinds, stack
 from lm.models.recurrent import Recurrent
 from lm.models.timetable import Pipeline
-from lm.models.transformer import Transformer
 from lm.nn.moe import Moe
 from lm.plan.target import Target
 from lm.sharding import MeshConfig
@@ -55,8 +54,8 @@ class Choice:
 def chains(e: Experiment, wanted: Target) -> Iterator[list[Choice]]:
     """Yields choices in lists, without remat: of one mesh, with smaller and smaller microbatches.
 
-    gpipe is left out, which takes as long as 1f1b and holds more, and so is accumulation under a
-    pipeline, whose microbatches do the same with fewer bubbles.
+    gpipe is left out where there is 1f1b, which takes as long and holds less. So is accumulation
+    under a pipeline, whose microbatches do the same with fewer bubbles.
     """
     for mesh in meshes(e, wanted):
         rows = e.train.batch_size // (mesh.data * mesh.fsdp * mesh.expert)
@@ -75,9 +74,10 @@ def _choice(mesh: MeshConfig, how: Pipeline, accumulate: int) -> Choice:
 
 
 def _schedules(e: Experiment, mesh: MeshConfig) -> Iterator[Pipeline]:
+    two = len(e.model.stacks) > 1  # they have no other schedule
     for gather in ("tick", "step") if mesh.fsdp > 1 else ("tick",):
-        yield Pipeline(schedule="1f1b", gather=gather)
-        for rounds in ROUNDS:
+        yield Pipeline(schedule="gpipe" if two else "1f1b", gather=gather)
+        for rounds in () if two else ROUNDS:
             if e.model.layers >= mesh.pipe * rounds:
                 yield Pipeline(schedule="interleaved", rounds=rounds, gather=gather)
 
@@ -88,13 +88,12 @@ def meshes(e: Experiment, wanted: Target) -> Iterator[MeshConfig]:
     Tensor stays within the near links, and pipelines come where there are layers enough.
     """
     n, model = wanted.devices, e.model
-    plain = isinstance(model, Transformer.Config)
-    heads = model.heads if plain else 1
     experts = model.ffn.experts if isinstance(model.ffn, Moe.Config) else 1
     seqs = 1 if isinstance(model, Recurrent.Config) else e.data.length
     near = wanted.shape[-1] if wanted.chip.platform == "gpu" else 16
-    for tensor in _divisors(n, min(near, heads)):
-        for pipe in _divisors(n // tensor, model.layers if plain else 1):
+    layers = min(len(blocks) for blocks in model.stacks.values())
+    for tensor in _divisors(n, min(near, _parts(model))):
+        for pipe in _divisors(n // tensor, layers):
             left = n // tensor // pipe
             for expert in _divisors(left, experts):
                 for seq in _divisors(left // expert, min(seqs // 4096, 64)):
@@ -105,6 +104,13 @@ def meshes(e: Experiment, wanted: Target) -> Iterator[MeshConfig]:
                             continue
                         sizes = (pipe, data, fsdp, seq, expert, tensor)
                         yield from _variants(e, sizes)
+
+
+def _parts(model: kinds.Config) -> int:
+    """Returns into how many parts tensor may cut a layer: its heads, or entries of its state."""
+    if isinstance(model, Recurrent.Config):
+        return model.mixer.width(model.dim)
+    return getattr(model, "heads", 1)  # a bag of words has no layers
 
 
 def _variants(e: Experiment, sizes: tuple[int, ...]) -> Iterator[MeshConfig]:

@@ -136,7 +136,7 @@ def modelled(made: Plan, prog: Program, wanted: Target, price: float | None) -> 
         host=speed.host(prog, wanted, held, reached.tokens_per_second),
         timetable=report.ticks(gradients.table(prog)) if prog.staged else (),
         idle=gradients.table(prog).bubble if prog.staged else 0.0,
-        notes=(*made.notes, *_attention(prog), *_unrolled(prog), *found.notes),
+        notes=(*made.notes, *_attention(prog), *_unrolled(prog)),
     )
 
 

@@ -2,8 +2,10 @@
 
 What a device computes, keeps and moves is a line over the rows that it has: a part for weights and
 one for activations. Layers of a pipeline's stage are as many layers without one. So traces of one
-row and of two do for all batches and microbatches, for any number of shares of weights (two stand
-for more), and for all pipelines with the same tensor, sequence and expert axes.
+row and of two (of short rows: of a few and of twice as many) do for all batches and microbatches,
+for any number of shares of weights (two stand for more), and for all pipelines with the same
+tensor, sequence and expert axes. Stages of two stacks, or of layers of several kinds, are traced
+as they are.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ from lm.plan import layer, local
 from lm.plan.layer import Cost, Costs, Group, Trace
 from lm.program import STACK, Program, varied
 
-SHARES = 2  # of weights, that stand for all larger numbers
+SHARES = 2, 4  # of weights: two stand for more; of two stacks beyond costs are a line
+ENOUGH = 1024  # tokens of rows, beyond which costs are a line; before, less passes beside products
 STAGES = 2, 4  # that a vocabulary is split over; beyond them costs are a line in shares
 
 _known: dict[Any, Any] = {}
@@ -31,13 +34,25 @@ def costs(prog: Program) -> Costs:
     Some per cent off: of what is not split evenly a device may have more than it has of two rows,
     and another moment may be the fullest (`tests/plan_test.py`).
     """
+    shares = max(prog.layout.mesh.shape[a] for a in sharding.GATHERED)
+    near, far = SHARES
+    # What a stage of two stacks holds of weights and their gradients is traced with its layers.
+    if len(prog.stacks) == 1 or shares <= near:
+        return _with_weights(prog, _of(prog, near))
+    beyond = (1 / near - 1 / shares) / (1 / near - 1 / far)
+    return _line(_of(prog, near), _of(prog, far), 1 + beyond)
+
+
+def _of(prog: Program, shares: int) -> Costs:
+    """Returns the costs on a mesh with so many shares of weights, if it has as many."""
     count, mesh = layer.rows(prog), prog.layout.mesh.shape
-    few = {a: min(mesh[a], SHARES) for a in sharding.GATHERED}
+    few = {a: min(mesh[a], shares) for a in sharding.GATHERED}
     sizes = {**mesh, **few, **dict.fromkeys(prog.layout.rules.replica, 1)}
-    if count <= 2:
-        return _with_weights(prog, _traced(prog, sizes, count))
-    one, two = (_traced(prog, sizes, n) for n in (1, 2))
-    return _with_weights(prog, _line(one, two, count))
+    first = min(4, max(1, ENOUGH // prog.experiment.data.length))
+    if count <= 2 * first:
+        return _traced(prog, sizes, count)
+    near, far = (_traced(prog, sizes, n) for n in (first, 2 * first))
+    return _line(near, far, count / first)
 
 
 def least(prog: Program, remats: Sequence[stack.Remat] = ()) -> Costs:
@@ -120,7 +135,10 @@ def _map(f: Callable[..., Any], *some: Any) -> Any:
 def _key(prog: Program, sizes: dict[str, int]) -> Any:
     """Returns what costs depend on, besides rows."""
     e = prog.experiment
-    places = prog.places.shape if _uniform(prog) else prog.places.tobytes()
+    places: Any = prog.places.shape
+    if not _uniform(prog):
+        all_of = (p.layers for p in prog.stacks.values())
+        places = tuple((here.shape, here.tobytes()) for here in all_of)
     what = e.model, e.objective, e.data.length, e.data.isolate
     on = prog.layout
     where = tuple(sizes.values()), on.rules, on.platform, on.chip

@@ -10,8 +10,7 @@ import math
 from collections.abc import Sequence
 
 from lm import batches, sharding
-from lm.config import ConfigError
-from lm.plan import layer, minimum
+from lm.plan import count, layer, minimum
 from lm.plan.chips import Chip
 from lm.plan.report import Host, Memory, Speed, Time, Transfer, Work
 from lm.plan.target import Target
@@ -20,6 +19,7 @@ from lm.program import Program
 
 # What transfers reach of a link: assumed, not measured here.
 REACH = {"ici": 0.9, "nvlink": 0.8, "dcn": 0.8, "network": 0.8, "memory": 1.0}
+WAIT = 1e-5  # seconds until a few bytes of other devices are there: assumed, too
 # What the arithmetic of other layers or ticks can pass beside: weights ahead of their use,
 # gradients behind it, keys of the next hop.
 BESIDE = ("weights: layers", "gradients: layers", "keys", "keys: gradients", "stages")
@@ -32,17 +32,13 @@ PROGRAM_RAM = 4 * 2**30  # of a host: Python, XLA and the input
 
 
 def transfers(prog: Program, wanted: Target) -> list[Transfer]:
-    """Returns what a device receives in a step, and how long it takes alone.
-
-    Raises:
-        ConfigError: there is no formula for a part of it.
-    """
+    """Returns what a device receives in a step, and how long it takes alone."""
     ways = wanted.ways(dict(prog.layout.mesh.shape))
     found = []
     for term in minimum.of(prog):
         rate, link = min((ways[a] for a in term.axes), default=(math.inf, ""))
         axes = tuple(a for a in sharding.AXES if a in term.axes)
-        seconds = term.bytes / (rate * REACH[link])
+        seconds = term.bytes / (rate * REACH[link]) + term.waits * WAIT
         found.append(
             Transfer(
                 what=term.what,
@@ -110,7 +106,7 @@ def _useful(prog: Program) -> float:
     """Share of a pipeline's ticks in which a stage has work; 1 without stages."""
     if not prog.staged:
         return 1.0
-    runs, A = minimum.passes(prog), prog.experiment.train.accumulate
+    runs, A = count.passes(prog), prog.experiment.train.accumulate
     jobs = A * prog.microbatches * prog.experiment.pipeline.rounds
     return 3 * jobs / (runs.forward + 2 * runs.backward)
 
@@ -173,7 +169,6 @@ class Prediction:
     work: Work
     transfers: list[Transfer]
     time: Time
-    notes: tuple[str, ...]  # on what there is no formula for
 
 
 def predict(
@@ -181,12 +176,7 @@ def predict(
 ) -> Prediction:
     """Returns what the model says of a step; `parts` as of `work`."""
     chip, computed = wanted.chip, work(prog, parts)
-    notes: tuple[str, ...] = ()
-    try:
-        sent = transfers(prog, wanted)
-    except ConfigError as error:
-        sent = []
-        notes = (f"{error}; times leave it out, --depth=compile counts its bytes",)
+    sent = transfers(prog, wanted)
     sent = hidden(sent, computed.hardware_flops / (chip.bf16 * chip.reach))
     spent = times(prog, chip, computed, sent, wanted.hosts)
-    return Prediction(work=computed, transfers=sent, time=spent, notes=notes)
+    return Prediction(work=computed, transfers=sent, time=spent)

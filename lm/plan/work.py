@@ -3,7 +3,8 @@
 import math
 
 from lm import batches
-from lm.plan import flops, layer, minimum
+from lm.plan import flops, layer
+from lm.plan.count import passes
 from lm.plan.report import Work
 from lm.program import Program
 
@@ -35,7 +36,7 @@ def _passes(prog: Program, parts: layer.Costs) -> dict[str, float]:
     """Returns the operations, the bytes read and written, those that are waited for, and the
     kernels of all passes of a step. A stage runs one chunk in each tick, idle or not; without
     stages a pass runs all layers."""
-    runs = minimum.passes(prog)
+    runs = passes(prog)
     groups = [
         (1 if prog.staged else group.count, runs.forward, runs.backward, group.cost)
         for group in parts.blocks
