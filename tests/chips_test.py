@@ -6,8 +6,8 @@ import types
 import jax
 import pytest
 
-from lm import sharding, train
-from lm.plan import chips, cpu, speed, target
+from lm import config, experiment, sharding, train
+from lm.plan import chips, cpu, make, speed, target
 
 NUMBERS = {f.name for f in dataclasses.fields(chips.Chip)} - {
     *("name", "kinds", "platform", "sources")
@@ -92,10 +92,16 @@ def test_a_chip_is_measured_on_its_device(monkeypatch):
     assert found.host_chips == 8
 
 
-def test_the_cpu_here_is_named_by_its_devices():
+def test_the_cpu_here_is_measured_and_named_by_its_devices(monkeypatch):
+    """And a plan for it has a step that takes time."""
+    monkeypatch.setattr(cpu, "ROUNDS", 1)
     found = target.read("here")
     assert (found.name, found.devices, found.hosts) == ("cpu:8", 8, 1)
     assert found.chip.bf16 > 0
+    plan = make.plan(config.override(experiment.load("tiny"), ["mesh.data=8"]), found)
+    assert plan.fits
+    assert 0 < plan.speed.mfu < 1
+    assert plan.time.low <= plan.time.step <= plan.time.high
 
 
 def test_several_targets_are_named_in_one_line():
@@ -106,31 +112,21 @@ def test_several_targets_are_named_in_one_line():
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_a_plan_of_the_step_that_a_cpu_is_measured_by_says_its_time(
-    devices, monkeypatch
-):
+def test_a_plan_of_the_step_that_a_cpu_is_measured_by_says_its_time(devices, given_cpu):
     """Rates are such that the plan of that step, on one device, takes what it took."""
-    took = 1.0
-    monkeypatch.setattr(
-        cpu, "Step", lambda prog: types.SimpleNamespace(seconds=lambda: took)
-    )
-    monkeypatch.setattr(chips, "product_rate", lambda *given: 1e11)
-    monkeypatch.setattr(chips, "copy_rate", lambda *given: 4e10)
     wanted = target.read(f"cpu:{devices}")
     prog = train.program(
         cpu.SAMPLE, sharding.make_layout(cpu.SAMPLE.mesh, jax.devices()[:1])
     )
     found = speed.predict(prog, wanted).time
-    assert found.step == pytest.approx(took * devices)
+    assert found.step == pytest.approx(given_cpu * devices)
     assert found.compute > 0
     assert 0 < wanted.chip.bandwidth < 4e10 / devices
     assert wanted.chip.links == 4e10 / devices / 2
 
 
-def test_a_cpu_has_no_elementwise_rate_above_that_of_copies(monkeypatch):
+def test_a_cpu_has_no_elementwise_rate_above_that_of_copies(monkeypatch, given_cpu):
     monkeypatch.setattr(
         cpu, "Step", lambda prog: types.SimpleNamespace(seconds=lambda: 0.0)
     )
-    monkeypatch.setattr(chips, "product_rate", lambda *given: 1e11)
-    monkeypatch.setattr(chips, "copy_rate", lambda *given: 4e10)
     assert cpu.chip(2).bandwidth == 2e10

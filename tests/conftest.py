@@ -4,10 +4,11 @@ import os
 import pathlib
 import platform
 import re
+import types
 from collections.abc import Callable
 
-import jaxtyping
 import pytest
+import typecheck
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "jax"
@@ -15,7 +16,7 @@ GOLDEN = ROOT / "tests" / "golden"
 DEVICES = 8
 
 # Before any module of lm is imported: shapes and types of its functions are checked.
-jaxtyping.install_import_hook("lm", "typecheck.checked")
+typecheck.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,3 +112,19 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
         return path.read_text(encoding="utf-8")
 
     return stored
+
+
+@pytest.fixture
+def given_cpu(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Rates of the CPU for plans, which else measure it (8 s); returns the sample step's seconds.
+
+    tests/chips_test.py measures.
+    """
+    from lm.plan import chips, cpu
+
+    took = 1.0
+    step = types.SimpleNamespace(seconds=lambda: took)
+    monkeypatch.setattr(cpu, "Step", lambda prog: step)
+    monkeypatch.setattr(chips, "product_rate", lambda *given: 1e11)
+    monkeypatch.setattr(chips, "copy_rate", lambda *given: 4e10)
+    return took
