@@ -7,7 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import pytest
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import TypeCheckError
+
+from lm.nn import rope
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILE_LINES, FUNCTION_LINES = 400, 60
@@ -236,3 +241,18 @@ def test_links_between_pages_lead_somewhere(page: pathlib.Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in link and not link.startswith("mailto:"):
             assert (page.parent / link).exists(), f"{page.name}: {link} is missing"
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: rope.mscale("many"), BeartypeCallHintViolation),
+        (lambda: rope.Linear(factor="many"), BeartypeCallHintViolation),
+        (lambda: rope.rope_tables(rope.Rope(), 8, jnp.zeros(3, int)), TypeCheckError),
+    ],
+    ids=["function", "dataclass", "shape"],
+)
+def test_types_and_shapes_are_checked_in_all_tests(call, error):
+    """By what tests/conftest.py puts on the functions of lm."""
+    with pytest.raises(error):
+        call()

@@ -6,8 +6,8 @@ import types
 import jax
 import pytest
 
-from lm import sharding, train
-from lm.plan import chips, cpu, speed, target, work
+from lm import config, experiment, sharding, train
+from lm.plan import chips, cpu, make, speed, target, work
 
 NUMBERS = {f.name for f in dataclasses.fields(chips.Chip)} - {
     *("name", "kinds", "platform", "sources")
@@ -93,10 +93,16 @@ def test_a_chip_is_measured_on_its_device(monkeypatch):
     assert found.host_chips == 8
 
 
-def test_the_cpu_here_is_named_by_its_devices():
+def test_the_cpu_here_is_measured_and_named_by_its_devices(monkeypatch):
+    """And a plan for it has a step that takes time."""
+    monkeypatch.setattr(cpu, "ROUNDS", 1)
     found = target.read("here")
     assert (found.name, found.devices, found.hosts) == ("cpu:8", 8, 1)
     assert found.chip.bf16 > 0
+    plan = make.plan(config.override(experiment.load("tiny"), ["mesh.data=8"]), found)
+    assert plan.fits
+    assert 0 < plan.speed.mfu < 1
+    assert plan.time.low <= plan.time.step <= plan.time.high
 
 
 def test_several_targets_are_named_in_one_line():

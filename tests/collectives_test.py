@@ -261,7 +261,7 @@ def test_a_target_that_is_none_is_refused(name, words):
         ("cpu:8", 8, 1),
     ],
 )
-def test_a_target_knows_its_devices(name, devices, hosts):
+def test_a_target_knows_its_devices(name, devices, hosts, given_cpu):
     found = target.read(name)
     assert (found.devices, found.hosts) == (devices, hosts)
 

@@ -180,7 +180,7 @@ def test_a_refusal_is_one_line_with_the_numbers(message):
 
 
 def test_what_cannot_be_compiled_for_is_refused_before_anything_starts(
-    monkeypatch, tmp_path
+    monkeypatch, tmp_path, given_cpu
 ):
     chosen = toy.experiment(*EIGHT)
     with toy.refused("--target=cpu:8", "--depth=model"):

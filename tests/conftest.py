@@ -1,13 +1,14 @@
 """What every test runs under: eight emulated CPU devices, checked types, a warm cache."""
 
+import gc
 import os
 import pathlib
 import platform
 import re
 from collections.abc import Callable
 
-import jaxtyping
 import pytest
+import typecheck
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".cache" / "jax"
@@ -15,7 +16,7 @@ GOLDEN = ROOT / "tests" / "golden"
 DEVICES = 8
 
 # Before any module of lm is imported: shapes and types of its functions are checked.
-jaxtyping.install_import_hook("lm", "typecheck.checked")
+typecheck.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,6 +83,13 @@ def _flags(version: tuple[int, ...]) -> list[str]:
     return flags
 
 
+def pytest_collection_finish() -> None:
+    """Has fewer garbage collections: tracing makes many objects, and a sixth of it was those."""
+    gc.collect()
+    gc.freeze()  # modules and tests stay
+    gc.set_threshold(20_000, 20, 20)
+
+
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
@@ -111,3 +119,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
         return path.read_text(encoding="utf-8")
 
     return stored
+
+
+@pytest.fixture
+def given_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of the CPU for plans, which else measure it (seconds); chips_test.py measures."""
+    from lm.plan import cpu
+
+    here = cpu.Rates(products=1e11, reach=0.9, copies=4e10, other=1e10, start=1e-5)
+    monkeypatch.setattr(cpu, "rates", lambda: here)

@@ -29,7 +29,7 @@ TARGETS = [
 
 
 @pytest.mark.parametrize(("name", "wanted"), TARGETS)
-def test_every_experiment_is_planned_on_its_targets(name, wanted):
+def test_every_experiment_is_planned_on_its_targets(name, wanted, given_cpu):
     plan = make.plan(experiment.load(name), target.read(wanted), "model")
     assert plan.fits, f"{plan.memory.total:,} of {plan.chip.hbm:,} bytes"
     assert 0 < plan.speed.mfu < 1

@@ -301,7 +301,7 @@ def test_no_parameter_is_whole_that_could_be_split(kind):
 
 
 @pytest.mark.parametrize("name", experiment.names())
-def test_every_experiment_fits_its_production_mesh(name):
+def test_every_experiment_fits_its_production_mesh(name, given_cpu):
     """Shapes, shardings and the whole step are checked on as many devices, none of them real."""
     chosen = experiment.load(name)
     count = target.read(target.names(chosen.target)[0]).devices

@@ -21,7 +21,8 @@ from lm.plan import layer, local
 from lm.plan.layer import Cost, Costs, Group, Trace
 from lm.program import STACK, Program, varied
 
-SHARES = 2, 4  # of weights: two stand for more; of two stacks beyond costs are a line
+SHARES = 8  # of weights, that stand for more
+TWO_SHARES = 2, 4  # of two stacks' weights: beyond them costs are a line
 ENOUGH = 1024  # tokens of rows, beyond which costs are a line; before, less passes beside products
 STAGES = 2, 4  # that a vocabulary is split over; beyond them costs are a line in shares
 
@@ -34,11 +35,13 @@ def costs(prog: Program) -> Costs:
     Some per cent off: of what is not split evenly a device may have more than it has of two rows,
     and another moment may be the fullest (`tests/plan_test.py`).
     """
-    shares = max(prog.layout.mesh.shape[a] for a in sharding.GATHERED)
-    near, far = SHARES
+    if len(prog.stacks) == 1:
+        return _with_weights(prog, _of(prog, SHARES))
     # What a stage of two stacks holds of weights and their gradients is traced with its layers.
-    if len(prog.stacks) == 1 or shares <= near:
-        return _with_weights(prog, _of(prog, near))
+    shares = max(prog.layout.mesh.shape[a] for a in sharding.GATHERED)
+    near, far = TWO_SHARES
+    if shares <= near:
+        return _of(prog, near)
     beyond = (1 / near - 1 / shares) / (1 / near - 1 / far)
     return _line(_of(prog, near), _of(prog, far), 1 + beyond)
 
