@@ -225,14 +225,11 @@ T5 = [
 ]
 
 
+# The last two: the smallest microbatches of a mesh, or the largest; how many meshes.
 @pytest.mark.parametrize(
-    (
-        "name",
-        "sets",
-        "flow",
-    ),  # flow: the smallest microbatches of a mesh, or the largest
-    [("llama_8b", [], -1), ("mixtral_8x7b", [], -1), ("t5_tiny", T5, 0)],
-    ids=lambda given: given if isinstance(given, str) else "",
+    ("name", "sets", "flow", "count"),
+    [("llama_8b", [], -1, 3), ("mixtral_8x7b", [], -1, 3), ("t5_tiny", T5, 0, 2)],
+    ids=["llama_8b", "mixtral_8x7b", "two stacks"],
 )
 def test_a_candidate_is_known_by_few_traces(name, sets, flow, count):
     """Steps and bytes within 3 and 5 % of what all traces of its own say, and never less than the
