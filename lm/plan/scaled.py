@@ -3,7 +3,7 @@
 What a device computes, keeps and moves is a line over the rows that it has: a part for weights and
 one for activations. Layers of a pipeline's stage are as many layers without one. So traces of one
 row and of two (of short rows: of a few and of twice as many) do for all batches and microbatches,
-for any number of shares of weights (two stand for more), and for all pipelines with the same
+for any number of shares of weights (few stand for more), and for all pipelines with the same
 tensor, sequence and expert axes. Stages of two stacks, or of layers of several kinds, are traced
 as they are.
 """
