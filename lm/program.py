@@ -21,6 +21,10 @@ from lm.models.model import STACK, Model
 
 Params = dict[str, Any]
 
+# 2026-11: of an all-gather whose devices cut their own share out again, which an earlier pass does
+# not always find, this pass of XLA for GPUs makes zeros (openxla/xla pull request 45218).
+WRONG_PASS = "all-gather-to-collective-permute-simplifier"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -164,6 +168,8 @@ class Program:
         `ready` returns the executable for some arguments, from an earlier process if there was one:
         for functions that depend on nothing but this program.
         """
+        if self.layout.platform == "gpu":
+            options["compiler_options"] = {"xla_disable_hlo_passes": WRONG_PASS}
         jitted = jax.jit(f, **options)
 
         def call(*args: Any) -> Any:

@@ -88,6 +88,16 @@ def test_a_loop_of_unknown_length_has_no_bytes():
         _ = gather.bytes
 
 
+def test_a_permute_from_nobody_is_refused():
+    text = TEXT.replace(
+        "all-to-all(%p), replica_groups={{0,1,2,3},{4,5,6,7}}",
+        "collective-permute(%p), source_target_pairs={}",
+    )
+    assert text != TEXT
+    with pytest.raises(ValueError, match="by zeros"):
+        collectives.read(text, MESH)
+
+
 def test_loops_in_loops_multiply():
     """A compiled program: a sum over tensor, three times in each of two rounds."""
     on = toy.layout(MeshConfig(data=2, tensor=4))

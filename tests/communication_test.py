@@ -56,6 +56,9 @@ MESHES = {
     "tensor 8, sequence": ["mesh.tensor=8", "mesh.sequence_parallel=true"],
     "fsdp 4 x tensor 2": ["mesh.fsdp=4", "mesh.tensor=2"],
     "pipe 4": ["mesh.pipe=4"],
+    "pipe 2 x tensor 4, sequence": [
+        *("mesh.pipe=2", "mesh.tensor=4", "mesh.sequence_parallel=true"),
+    ],
     "pipe 4 x data 2": ["mesh.pipe=4", "mesh.data=2"],
     "pipe 4 x fsdp 2": ["mesh.pipe=4", "mesh.fsdp=2"],
     "pipe 4 x fsdp 2, gathered once": [
@@ -99,6 +102,11 @@ OTHERS = {
         [*T5, "mesh.seq=8", "model.attention.context=ring", "model.remat=attention"],
     ),
     "encoder: tensor 8": ("bert_tiny", [*BERT, "mesh.tensor=8"]),
+    # XLA made zeros of this one's activations once, see `program.WRONG_PASS`.
+    "two stacks: pipe 2 x tensor 4, sequence": (
+        "translate_en_es",
+        [*T5, "mesh.pipe=2", "mesh.tensor=4", "mesh.sequence_parallel=true"],
+    ),
     "encoder: pipe 2 x fsdp 4": ("bert_tiny", [*BERT, "mesh.pipe=2", "mesh.fsdp=4"]),
     "recurrent: tensor 8": (
         "shakespeare_lstm",

@@ -8,7 +8,7 @@ backward that XLA's CPU backend runs well.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,36 +126,65 @@ def einsum(
     optimization barrier: there XLA fuses elementwise work and transposes into the operands of the
     weight gradient's product, which then misses the fast matrix routine; so do products of more
     than two axes, which one device flattens. Accelerators want that fusion and get neither.
+
+    Of a sum that goes to shares (sequence parallelism) the gradient is gathered first: left to
+    the two products that need it, each of a pipeline's stages gathers it for both of them.
     """
     layout = sharding.current()
-    if layout.platform != "cpu":
+    gathered = _gathered(out, layout.axes("mlp"))
+    if layout.platform != "cpu" and gathered is None:
         return jnp.einsum(subscripts, x, w, out_sharding=out)
-    if layout.mesh.size > 1:
-        return cast("jax.Array", _einsum_cpu(subscripts, out, x, w))
+    if layout.platform != "cpu" or layout.mesh.size > 1:
+        how = _How(subscripts, out, gathered, layout.platform == "cpu")
+        return cast("jax.Array", _einsum(how, x, w))
     left, right = subscripts.split("->")[0].split(",")
     shared = sum(letter in left for letter in right)
     lead, rest = x.shape[: x.ndim - shared], w.shape[shared:]
     x_MC, w_CN = x.reshape(math.prod(lead), -1), w.reshape(-1, math.prod(rest))
-    y_MN = cast("jax.Array", _einsum_cpu("mc,cn->mn", None, x_MC, w_CN))
+    y_MN = cast("jax.Array", _einsum(_How("mc,cn->mn", None, None, True), x_MC, w_CN))
     return y_MN.reshape(*lead, *rest)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _einsum_cpu(subscripts: str, out: P | None, x: jax.Array, w: jax.Array) -> Any:
-    return jnp.einsum(subscripts, x, w, out_sharding=out)
+def _gathered(spec: P | None, axes: tuple[str, ...]) -> P | None:
+    """Returns the spec without these mesh axes, None if it has none of them."""
+    entries = [sharding.names(entry) for entry in spec or ()]
+    if not any(a in axes for entry in entries for a in entry):
+        return None
+    kept = [tuple(a for a in entry if a not in axes) for entry in entries]
+    return P(*(entry or None for entry in kept))
 
 
-def _einsum_fwd(subscripts, out, x, w):
-    return _einsum_cpu(subscripts, out, x, w), (x, w)
+class _How(NamedTuple):
+    subscripts: str
+    out: P | None
+    gathered: P | None  # how the result's gradient is sharded first; None: as it comes
+    barrier: bool
 
 
-def _einsum_bwd(subscripts, out, saved, g):
-    x, w, g = lax.optimization_barrier((*saved, g))
-    _, vjp = jax.vjp(lambda x, w: jnp.einsum(subscripts, x, w, out_sharding=out), x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(how: _How, x: jax.Array, w: jax.Array) -> Any:
+    return jnp.einsum(how.subscripts, x, w, out_sharding=how.out)
+
+
+def _einsum_fwd(how, x, w):
+    return _einsum(how, x, w), (x, w)
+
+
+def _einsum_bwd(how, saved, g):
+    x, w = saved
+    if how.barrier:
+        x, w, g = lax.optimization_barrier((x, w, g))
+    out = how.out
+    if how.gathered is not None:
+        out = how.gathered
+        g = reshard(g, out)
+    _, vjp = jax.vjp(
+        lambda x, w: jnp.einsum(how.subscripts, x, w, out_sharding=out), x, w
+    )
     return vjp(g)
 
 
-_einsum_cpu.defvjp(_einsum_fwd, _einsum_bwd)
+_einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def residual_std(layers: int, std: float = 0.02) -> float:

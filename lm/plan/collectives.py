@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.config import ConfigError
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -281,6 +283,11 @@ def _groups(line: str, devices: int) -> list[list[int]]:
         return ids.reshape(-1, size).tolist()
     if listed := re.search(r"(?:groups|pairs)=\{(\{[\d,{} ]+\})\}", line):
         return [_ints(group) for group in re.findall(r"\{([\d, ]+)\}", listed[1])]
+    if "pairs={}" in line:
+        raise ConfigError(
+            "the compiled program replaces a transfer by zeros (a collective-permute from nobody "
+            "to nobody): XLA has made another program of this one"
+        )
     assert "groups={}" in line, f"no groups of devices understood: {line[:400]}"
     return [list(range(devices))]
 

@@ -66,7 +66,8 @@ class Layers:
     dense: int  # feed-forward parts
     sparse: int  # those of experts
     # How often a layer's forward is run again to go back: by a stage whatever the policy, and
-    # with one twice, but for the last layer of a chunk: that one's output is not needed.
+    # with one twice. The output of a chunk's last layer is not needed, but where layers are
+    # scanned the loop forms it, too.
     again: float
     before: (
         float  # of these runs, those that are not for what follows in the same layer
@@ -112,7 +113,9 @@ class Count:
         sparse = sum(isinstance(c, Moe.Config) for c in found["ffn"])
         kept = self.model.remat == "none"
         last = prog.stacks[name].layers.shape[-1]
-        before = 1 - 1 / last if prog.staged else 0.0
+        before = 0.0
+        if prog.staged:
+            before = float(last > 1) if self.model.scan else 1 - 1 / last
         blocks = self.model.stacks[name]
         return Layers(
             block=blocks[0] if blocks else None,
