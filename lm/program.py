@@ -182,7 +182,7 @@ class Program:
 
         def shapes(*args: Any) -> Any:
             with sharding.use(self.layout):
-                return jax.tree.map(self.abstract, jax.eval_shape(jitted, *args))
+                return jax.tree.map(self.abstract, jitted.eval_shape(*args))
 
         def ready(*args: Any) -> Callable[..., Any]:
             made_from = {

@@ -311,7 +311,7 @@ def test_every_experiment_fits_its_production_mesh(name, given_cpu):
         )
         state = train.abstract_state(prog)
         batch = train.abstract_batch(prog)
-        new, metrics = jax.eval_shape(train.make_train_step(prog), state, batch)
+        new, metrics = train.make_train_step(prog).shapes(state, batch)
         for (path, a), b in zip(
             trees.flatten(state).items(), jax.tree.leaves(new), strict=True
         ):
